@@ -1,0 +1,244 @@
+"""Identity: what the kernel remembers of the union, one `Node` per inode.
+
+Numbers are derived from the layers, not counted, so they survive copy-up and a remount.  Where two live files
+would claim one number (hash collision, a host number reused while the kernel still remembers its old owner), the
+later one gets a spare number for as long as it is remembered.
+
+What a native front would need to know about an inode is plain data in `Node`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import trio
+
+    from unionfs.layer import DirectorySheet, Layer, Sheet
+
+ROOT_INO = 1
+_SPARE_FIRST = 1 << 61
+_HASHED = 1 << 62
+_HASH_MASK = _HASHED - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # odd, so the multiplication loses nothing
+
+
+def derive(layer: Layer, host_ino: int) -> int:
+    """The inode number that the union shows for a host number of `layer`."""
+    if layer.salt == 0:
+        return host_ino
+    return ((host_ino * _GOLDEN + layer.salt) & _HASH_MASK) | _HASHED
+
+
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    """The one descriptor through which all handles of a file read and write; its number never changes."""
+
+    fd: int
+    writable: bool
+    users: int = 0
+
+
+class Node:
+    """An inode that the kernel knows, or is about to.
+
+    Attributes:
+        ino: Number shown, and the kernel's node id.
+        kind: The S_IFMT bits of its mode.
+        lookups: How many references the kernel holds.
+        parent, name: One name of it in the union; None when it has none that is known.
+        others: Further names that are known, or None.
+        upper: Its metadata is in the upper layer.
+        sheet, lower_name: Where it is in a lower layer; sheet is None for an upper file.
+        data: For metadata that stands above its data (metacopy): the sheet and name of the data; else None.
+        indexed: Its upper file is reached through the index of hard-linked copy-ups.
+        standing: For an indexed node, how many names still stand in lower layers.
+        host_ino: Host's inode number of its file in the layer that `upper` says.
+        file: Open descriptor, while it is open.
+        orphan_fd: Keeps an object without a known name reachable; -1 otherwise.
+        dead: No name is left in the union.
+        copying: Set while a copy-up of it is under way in a thread.
+    """
+
+    __slots__ = (
+        "copying",
+        "data",
+        "dead",
+        "file",
+        "host_ino",
+        "indexed",
+        "ino",
+        "kind",
+        "lookups",
+        "lower_name",
+        "name",
+        "orphan_fd",
+        "others",
+        "parent",
+        "sheet",
+        "standing",
+        "upper",
+    )
+
+    def __init__(self, ino: int, kind: int) -> None:
+        self.ino = ino
+        self.kind = kind
+        self.lookups = 0
+        self.parent: DirNode | None = None
+        self.name: bytes = b""
+        self.others: set[tuple[DirNode, bytes]] | None = None
+        self.upper = False
+        self.sheet: Sheet | None = None
+        self.lower_name: bytes = b""
+        self.data: tuple[Sheet, bytes] | None = None
+        self.indexed = False
+        self.standing = 0
+        self.host_ino = 0
+        self.file: OpenFile | None = None
+        self.orphan_fd = -1
+        self.dead = False
+        self.copying: trio.Event | None = None
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is a directory."""
+        return self.kind == stat.S_IFDIR
+
+    def add_name(self, parent: DirNode, name: bytes) -> None:
+        """Note a name of this node; the entry of `parent` is the caller's."""
+        if self.parent is None:
+            self.parent, self.name = parent, name
+        elif (self.parent, self.name) != (parent, name):
+            if self.others is None:
+                self.others = set()
+            self.others.add((parent, name))
+        self.dead = False
+
+    def drop_name(self, parent: DirNode, name: bytes) -> None:
+        """Forget a name; another known one takes its place."""
+        if self.parent is parent and self.name == name:
+            if self.others:
+                self.parent, self.name = self.others.pop()
+            else:
+                self.parent, self.name = None, b""
+        elif self.others is not None:
+            self.others.discard((parent, name))
+
+    def names(self) -> list[tuple[DirNode, bytes]]:
+        """All names that are known."""
+        if self.parent is None:
+            return []
+        return [(self.parent, self.name), *(self.others or ())]
+
+
+class DirNode(Node):
+    """A directory of the union.
+
+    Attributes:
+        upper_sheet: Its directory in the upper layer, if it has one.
+        sheets: Its directories in lower layers, topmost first; what is listed here is merged.
+        entries: What is known to be in it: a Node that the kernel knows, or the place of the sheet that shows the
+            name (-1 the upper's).
+        complete: `entries` holds every name.
+        subdirectories: How many of them are directories, while complete.
+        known: How many of `entries` are Nodes.
+        misses: Look-ups answered from disk so far; many of them make listing the directory worth while.
+        impure: Its upper directory may hold copied-up entries.
+    """
+
+    __slots__ = (
+        "complete",
+        "entries",
+        "impure",
+        "known",
+        "misses",
+        "sheets",
+        "subdirectories",
+        "upper_sheet",
+    )
+
+    def __init__(self, ino: int) -> None:
+        super().__init__(ino, stat.S_IFDIR)
+        self.upper_sheet: DirectorySheet | None = None
+        self.sheets: list[Sheet] = []
+        self.entries: dict[bytes, Node | int] = {}
+        self.complete = False
+        self.subdirectories = 0
+        self.known = 0
+        self.misses = 0
+        self.impure = False
+
+    def sheet_at(self, place: int) -> Sheet:
+        """The sheet that an entry's place stands for."""
+        if place < 0:
+            assert self.upper_sheet is not None  # noqa: S101 - only an upper directory lists entries at -1
+            return self.upper_sheet
+        return self.sheets[place]
+
+    def set_entry(self, name: bytes, node: Node) -> None:
+        """Enter a node under `name`."""
+        old = self.entries.get(name)
+        if not isinstance(old, Node):
+            self.known += 1
+        self.entries[name] = node
+
+    def drop_entry(self, name: bytes) -> None:
+        """`name` is no longer in the directory."""
+        if isinstance(self.entries.pop(name, None), Node):
+            self.known -= 1
+
+    def unknow_entry(self, name: bytes, place: int) -> None:
+        """The kernel forgot the node under `name`; what remains is where to find it."""
+        if isinstance(self.entries.get(name), Node):
+            self.known -= 1
+            if self.complete:
+                self.entries[name] = place
+            else:
+                del self.entries[name]
+
+
+@dataclass(slots=True)
+class NodeTable:
+    """All nodes by number."""
+
+    nodes: dict[int, Node] = field(default_factory=dict)
+    _spare_next: int = _SPARE_FIRST
+    _spare: dict[tuple[bool, int, int], Node] = field(default_factory=dict)
+
+    def find(self, number: int, layer: Layer, host_ino: int, *, upper: bool) -> Node | None:
+        """The live node that is this very file, or None when it has to be made."""
+        node = self.nodes.get(number)
+        if node is not None and self._is_same(node, host_ino, upper=upper):
+            return node
+        if self._spare:
+            return self._spare.get((upper, layer.salt, host_ino))
+        return None
+
+    @staticmethod
+    def _is_same(node: Node, host_ino: int, *, upper: bool) -> bool:
+        if node.dead and node.orphan_fd < 0 and node.upper:
+            return False  # its host number may have been reused
+        own = not node.sheets if isinstance(node, DirNode) else node.upper
+        return own == upper and node.host_ino == host_ino
+
+    def add(self, node: Node, layer: Layer, *, upper: bool) -> None:
+        """Enter a new node; it gets a spare number when another live file has its own."""
+        if node.ino in self.nodes or (node.ino == ROOT_INO and self.nodes):
+            self._spare_next += 1
+            node.ino = self._spare_next
+            self._spare[(upper, layer.salt, node.host_ino)] = node
+        self.nodes[node.ino] = node
+
+    def remove(self, node: Node) -> None:
+        """The kernel has forgotten the node."""
+        del self.nodes[node.ino]
+        if _SPARE_FIRST < node.ino <= self._spare_next:
+            for key, value in list(self._spare.items()):
+                if value is node:
+                    del self._spare[key]
+        if node.orphan_fd >= 0:
+            os.close(node.orphan_fd)
+            node.orphan_fd = -1
