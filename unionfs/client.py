@@ -45,13 +45,15 @@ class Mount:
         self.mountpoint = mountpoint
         self.pid = pid
         self._log = log
+        self._logged = ""
         self._pid_fd = os.pidfd_open(pid)
         self._status: int | None = None
 
     def log(self) -> str:
         """What the server has written to its log so far."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")
+        if not self._log.closed:
+            self._logged = os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
+        return self._logged
 
     def is_serving(self) -> bool:
         """Whether the server still runs."""
@@ -81,6 +83,8 @@ class Mount:
             _, status = os.waitpid(self.pid, 0)
             self._status = os.waitstatus_to_exitcode(status)
             os.close(self._pid_fd)
+            self.log()
+            self._log.close()
         return self._status
 
     def unmount(self, *, lazy: bool = False, timeout_s: float = 30.0) -> None:

@@ -138,6 +138,4 @@ def copy_metadata(
 
 def copy_times(st: os.stat_result, *, dir_fd: int, name: bytes) -> None:
     """Give `name` the access and modification times of `st`, to the nanosecond."""
-    os.utime(
-        name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False
-    )
+    os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)

@@ -42,6 +42,20 @@ class OpenFile:
     users: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Where the data of a file is whose metadata stands above it (metacopy).
+
+    Attributes:
+        sheet, name: The data.
+        below: The path, in the layers further down, of the next part of this file (overlayfs's redirect).
+    """
+
+    sheet: Sheet
+    name: bytes
+    below: bytes
+
+
 class Node:
     """An inode that the kernel knows, or is about to.
 
@@ -53,7 +67,7 @@ class Node:
         others: Further names that are known, or None.
         upper: Its metadata is in the upper layer.
         sheet, lower_name: Where it is in a lower layer; sheet is None for an upper file.
-        data: For metadata that stands above its data (metacopy): the sheet and name of the data; else None.
+        data: Where its data is, for metadata that stands above it; else None.
         indexed: Its upper file is reached through the index of hard-linked copy-ups.
         standing: For an indexed node, how many names still stand in lower layers.
         host_ino: Host's inode number of its file in the layer that `upper` says.
@@ -93,7 +107,7 @@ class Node:
         self.upper = False
         self.sheet: Sheet | None = None
         self.lower_name: bytes = b""
-        self.data: tuple[Sheet, bytes] | None = None
+        self.data: Data | None = None
         self.indexed = False
         self.standing = 0
         self.host_ino = 0
@@ -174,7 +188,7 @@ class DirNode(Node):
     def sheet_at(self, place: int) -> Sheet:
         """The sheet that an entry's place stands for."""
         if place < 0:
-            assert self.upper_sheet is not None  # noqa: S101 - only an upper directory lists entries at -1
+            assert self.upper_sheet is not None  # only an upper directory lists entries at -1
             return self.upper_sheet
         return self.sheets[place]
 

@@ -16,11 +16,10 @@ import os
 import stat
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from unionfs import faults, markers, syscalls
 from unionfs.errors import SetupError
-from unionfs.markers import Dialect, DirectoryMarks
 from unionfs.resolve import ABSENT, DIRECTORY, FILE, METACOPY, OPAQUE, WHITEOUT, Fact, Kind
 
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -49,6 +48,10 @@ ABSENT_HIT = Hit(ABSENT)
 WHITEOUT_HIT = Hit(WHITEOUT)
 
 
+if TYPE_CHECKING:
+    from unionfs.markers import Dialect, DirectoryMarks
+
+
 class Layer(Protocol):
     """A read-only tree that takes part in a union."""
 
@@ -58,16 +61,20 @@ class Layer(Protocol):
     """No layer lies below it."""
     salt: int
     """0 where inode numbers are shown as they are; else what they are hashed with."""
+    data_only: bool
+    """It shows no names of its own: it only holds data for metacopies (overlayfs's `::`)."""
 
     @property
-    def root(self) -> Sheet: ...
+    def root(self) -> Sheet:
+        """Its topmost directory."""
 
 
 class Sheet(Protocol):
     """One directory of one layer."""
 
     @property
-    def layer(self) -> Layer: ...
+    def layer(self) -> Layer:
+        """The layer that it belongs to."""
 
     def path(self) -> bytes:
         """Absolute path inside the layer ("/" for its root)."""
@@ -137,6 +144,7 @@ class DirectoryLayer:
         self.cache = cache
         self.device = os.fstat(root_fd).st_dev
         self.salt = 0
+        self.data_only = False
         self.root = DirectorySheet(self, None, b"")
         self.root.adopt_fd(root_fd)
 
@@ -190,17 +198,23 @@ class DirectorySheet:
             return self._fd
         chain = [self]
         above = self.parent
-        while above is not None and above._fd < 0:
+        while above is not None and not above.is_open:
             chain.append(above)
             above = above.parent
         if above is None:
             raise OSError(errno.ESTALE, "the layer is closed", self.name)
-        fd = above._fd
+        fd = above.fd()
         for sheet in reversed(chain):
-            fd = sheet._open_in(fd)
+            fd = sheet.open_in(fd)
         return fd
 
-    def _open_in(self, parent_fd: int) -> int:
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a descriptor at hand."""
+        return self._fd >= 0
+
+    def open_in(self, parent_fd: int) -> int:
+        """Open the directory, given a descriptor of its parent."""
         try:
             self._fd = os.open(self.name, _DIR_FLAGS, dir_fd=parent_fd)
         except PermissionError:
@@ -275,9 +289,9 @@ class DirectorySheet:
             return WHITEOUT_HIT
         if stat.S_ISREG(mode) and (self.impure or st.st_blocks * 512 < st.st_size):
             return self._examine_sparse(name, st)
-        if self.whiteout_files and st.st_size == 0 and stat.S_ISREG(mode):
-            if markers.hides_beneath_xattr(self.xattr_path(name)):
-                return WHITEOUT_HIT
+        could_hide = self.whiteout_files and st.st_size == 0 and stat.S_ISREG(mode)
+        if could_hide and markers.hides_beneath_xattr(self.xattr_path(name)):
+            return WHITEOUT_HIT
         return Hit(FILE, st)
 
     def _examine_directory(self, name: bytes, st: os.stat_result, *, beneath: bool) -> Hit:
@@ -317,7 +331,7 @@ class DirectorySheet:
 
     def has_aufs_whiteout(self, name: bytes) -> bool:
         """Whether `.wh.NAME` hides `name` further down."""
-        return len(name) <= 251 and self.has_entry(markers.AUFS_PREFIX + name)  # noqa: PLR2004 - 255 - len(".wh.")
+        return len(name) <= 251 and self.has_entry(markers.AUFS_PREFIX + name)  # 255 - len(".wh.")
 
     def scan(self) -> tuple[list[tuple[bytes, bool]], set[bytes]]:
         """The entries (name, is a directory) without markers, and the names that it hides further down.

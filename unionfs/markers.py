@@ -103,9 +103,7 @@ def directory_marks(path: bytes | int, dialect: Dialect) -> DirectoryMarks:
     return DirectoryMarks(opaque, whiteout_files, redirect, impure)
 
 
-_OPAQUE_NAMES = frozenset(
-    {"trusted.overlay.opaque", "user.overlay.opaque", FUSE_OVERLAYFS_OPAQUE}
-)
+_OPAQUE_NAMES = frozenset({"trusted.overlay.opaque", "user.overlay.opaque", FUSE_OVERLAYFS_OPAQUE})
 
 
 def list_xattrs(path: bytes | int) -> list[str]:
@@ -158,7 +156,7 @@ def unpack_origin(value: bytes | None) -> int | None:
 
 
 def pack_nlink(standing: int) -> bytes:
-    """overlayfs's `nlink` attribute, relative to the upper file's link count (one link is the index's)."""
+    """The `nlink` attribute of overlayfs, relative to the upper file's link count (one link is the index's)."""
     return b"U%+d" % (standing - 1)
 
 

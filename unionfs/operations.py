@@ -10,7 +10,6 @@ the reply.
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
 import stat
@@ -25,7 +24,7 @@ from unionfs import acl, faults
 from unionfs.tree import Caller, Changes
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from unionfs.inodes import DirNode, Node
     from unionfs.layer import FdCache
@@ -68,13 +67,12 @@ R = TypeVar("R")
 
 
 def request(
-    handler: Callable[Concatenate[UnionOperations, P], Awaitable[R]],
-) -> Callable[Concatenate[UnionOperations, P], Awaitable[R]]:
+    handler: Callable[Concatenate[UnionOperations, P], Coroutine[None, None, R]],
+) -> Callable[Concatenate[UnionOperations, P], Coroutine[None, None, R]]:
     """Guard a handler: count it, and turn whatever it raises into one errno for the caller."""
     name = handler.__name__
 
-    @functools.wraps(handler)
-    async def guarded(self: UnionOperations, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def guarded(self: UnionOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.requests[name] += 1
         if len(self.cache) > self.cache.capacity:
             self.cache.trim()
@@ -90,6 +88,7 @@ def request(
             log.exception("%s%r failed", name, args)
             raise FUSEError(errno.EIO) from None
 
+    guarded.__doc__ = handler.__doc__
     return guarded
 
 
@@ -384,7 +383,7 @@ class UnionOperations(pyfuse3.Operations):
         names, entry_of = listing.names, tree.entry
         for place in range(start_id, len(names)):
             name = names[place]
-            if place < 2:  # noqa: PLR2004 - "." and ".." come first, and the kernel counts no reference
+            if place < 2:  # "." and ".." come first, and the kernel counts no reference
                 if not pyfuse3.readdir_reply(token, name, self._dot(node, name), place + 1):
                     return
                 continue
@@ -433,7 +432,7 @@ class UnionOperations(pyfuse3.Operations):
         del flags
         parent = self.tree.directory(parent_inode)
         node, st = self.tree.create(parent, name, mode, self._caller(ctx))
-        assert node.file is not None  # noqa: S101 - create opens it
+        assert node.file is not None  # create opens it
         node.file.users += 1
         handle = self._handle()
         self._files[handle] = node
@@ -443,14 +442,14 @@ class UnionOperations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read; short only at the end of the file."""
         file = self._files[fh].file
-        assert file is not None  # noqa: S101 - it has a handle
+        assert file is not None  # it has a handle
         return os.pread(file.fd, size, off)
 
     @request
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write."""
         file = self._files[fh].file
-        assert file is not None  # noqa: S101 - it has a handle
+        assert file is not None  # it has a handle
         written = os.pwrite(file.fd, buf, off)
         faults.point("write.done")
         return written
@@ -487,3 +486,29 @@ _STATFS_FIELDS = (
     "f_ffree",
     "f_favail",
 )
+
+
+class Session:
+    """The conversation with the kernel; one per process, as pyfuse3 has it."""
+
+    def __init__(
+        self, operations: UnionOperations, mountpoint: bytes, options: frozenset[str]
+    ) -> None:
+        """Mount.
+
+        Raises:
+            RuntimeError: The kernel or fusermount3 refused.
+        """
+        pyfuse3.init(operations, os.fsdecode(mountpoint), set(options))
+
+    async def serve(self) -> None:
+        """Answer requests until the file system is unmounted, or `stop` is called."""
+        await pyfuse3.main()
+
+    def stop(self) -> None:
+        """Let `serve` return."""
+        pyfuse3.terminate()
+
+    def close(self, *, unmount: bool) -> None:
+        """Close the device, and unmount if that is still to be done."""
+        pyfuse3.close(unmount=unmount)

@@ -18,14 +18,13 @@ import resource
 import signal
 from typing import TYPE_CHECKING
 
-import pyfuse3
 import trio
 
 from unionfs import faults, layer, markers, syscalls
 from unionfs.errors import SetupError
 from unionfs.layer import DirectoryLayer, FdCache
 from unionfs.markers import Dialect
-from unionfs.operations import FOREVER_S, Replies, UnionOperations
+from unionfs.operations import FOREVER_S, Replies, Session, UnionOperations
 from unionfs.options import MountOptions, libfuse_options
 from unionfs.owners import Owners
 from unionfs.tree import UnionTree
@@ -93,11 +92,13 @@ def build_tree(options: MountOptions, cache: FdCache) -> UnionTree:
     paths = list(options.lowers)
     if options.upper is not None and upper is None:
         paths.insert(0, options.upper)  # `ro`: the upper is read as the topmost layer
+    first_data_only = len(paths)
     paths += options.data_lowers
     lowers = []
     for index, path in enumerate(paths):
         fd = layer.open_private(path, mountpoint=options.mountpoint)
         lowers.append(DirectoryLayer(fd, path, index=index, dialect=dialect, cache=cache))
+        lowers[-1].data_only = index >= first_data_only
     if lowers:
         lowers[-1].bottom = True
     elif upper is not None:
@@ -143,7 +144,7 @@ def _work_directory(options: MountOptions) -> bytes:
     """The work directory that was named, or a hidden one beside the upper."""
     if options.work is not None:
         return options.work
-    assert options.upper is not None  # noqa: S101 - only asked for an upper
+    assert options.upper is not None  # only asked for an upper
     real = os.path.realpath(options.upper)
     work = os.path.join(os.path.dirname(real), b"." + os.path.basename(real) + _WORK_SUFFIX)
     try:
@@ -187,9 +188,7 @@ def _serve_tree(
     tree.on_busy = _tick
     mountpoint = os.path.realpath(options.mountpoint)
     try:
-        pyfuse3.init(
-            operations, os.fsdecode(mountpoint), set(libfuse_options(options, euid=os.geteuid()))
-        )
+        session = Session(operations, mountpoint, libfuse_options(options, euid=os.geteuid()))
     except RuntimeError as error:
         msg = (
             f"{os.fsdecode(mountpoint)} cannot be mounted: /dev/fuse or the mount was refused ({error}); "
@@ -201,28 +200,34 @@ def _serve_tree(
     gc.set_threshold(50_000, 50, 100)
     os.chdir("/")
     try:
-        trio.run(_run, operations, mountpoint, started, on_ready)
+        trio.run(_run, session, operations, mountpoint, started, on_ready)
     finally:
-        pyfuse3.close(unmount=_is_ours(mountpoint))
+        session.close(unmount=_is_ours(mountpoint))
 
 
 async def _run(
-    operations: UnionOperations, mountpoint: bytes, started: trio.Event, on_ready: Callable[[], None]
+    session: Session,
+    operations: UnionOperations,
+    mountpoint: bytes,
+    started: trio.Event,
+    on_ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_announce, started, on_ready)
-        nursery.start_soon(_obey_signals, operations, mountpoint)
-        await pyfuse3.main()
+        nursery.start_soon(_obey_signals, session, operations, mountpoint)
+        await session.serve()
         nursery.cancel_scope.cancel()
 
 
 async def _announce(started: trio.Event, on_ready: Callable[[], None]) -> None:
     await started.wait()
-    await trio.lowlevel.checkpoint()  # the reply to INIT is on its way once the handler has returned
+    await (
+        trio.lowlevel.checkpoint()
+    )  # the reply to INIT is on its way once the handler has returned
     on_ready()
 
 
-async def _obey_signals(operations: UnionOperations, mountpoint: bytes) -> None:
+async def _obey_signals(session: Session, operations: UnionOperations, mountpoint: bytes) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
         async for number in signals:
             if number == signal.SIGUSR1:
@@ -230,8 +235,8 @@ async def _obey_signals(operations: UnionOperations, mountpoint: bytes) -> None:
                 continue
             await trio.to_thread.run_sync(detach, mountpoint)
             with trio.move_on_after(_DETACH_GRACE_S):
-                await trio.sleep_forever()  # pyfuse3.main() returns when the last user has gone
-            pyfuse3.terminate()
+                await trio.sleep_forever()  # `serve` returns when the last user has gone
+            session.stop()
 
 
 def detach(mountpoint: bytes) -> None:
@@ -239,7 +244,9 @@ def detach(mountpoint: bytes) -> None:
     try:
         syscalls.unmount(mountpoint, syscalls.MNT_DETACH)
     except PermissionError:
-        os.spawnvp(os.P_WAIT, "fusermount3", ["fusermount3", "-u", "-z", "--", mountpoint])
+        os.spawnvp(
+            os.P_WAIT, "fusermount3", ["fusermount3", "-u", "-z", "--", os.fsdecode(mountpoint)]
+        )
     except OSError as error:
         log.info("unmount: %s", error)
 
@@ -252,7 +259,7 @@ def _is_ours(mountpoint: bytes) -> bool:
         return any(line.split(b" ")[4] == field and b" - fuse" in line for line in mounts)
 
 
-def _tick(busy: bool) -> None:  # noqa: FBT001 - a callback's signature
+def _tick(busy: int) -> None:
     """Let SIGALRM interrupt a stuck read of the device while a worker thread needs the interpreter."""
     if busy:
         signal.signal(signal.SIGALRM, lambda _number, _frame: None)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 
 AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 AT_RECURSIVE = 0x8000  # linux/fcntl.h
@@ -47,15 +49,9 @@ libc.syscall.restype = ctypes.c_long
 MNT_DETACH = 2  # linux/fs.h
 
 
-class MountAttr(ctypes.Structure):
-    """`struct mount_attr` of linux/mount.h."""
-
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
+_MOUNT_ATTR = struct.Struct(
+    "QQQQ"
+)  # linux/mount.h, struct mount_attr: set, clear, propagation, userns
 
 
 def _oserror(filename: bytes | None = None) -> OSError:
@@ -129,10 +125,9 @@ def set_mount_attributes(mount_fd: int, attributes: int, *, recursive: bool) -> 
     Raises:
         OSError: EPERM where the attribute is locked, ENOSYS before Linux 5.12.
     """
-    attr = MountAttr(attr_set=attributes)
+    attr = ctypes.create_string_buffer(_MOUNT_ATTR.pack(attributes, 0, 0, 0), _MOUNT_ATTR.size)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
-    size = ctypes.sizeof(attr)
-    if libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", flags, ctypes.byref(attr), size) < 0:
+    if libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", flags, attr, _MOUNT_ATTR.size) < 0:
         raise _oserror()
 
 
@@ -148,8 +143,6 @@ def unmount(path: bytes, flags: int = 0) -> None:
 
 def reflink(source_fd: int, target_fd: int) -> bool:
     """Share all data of `source_fd` with `target_fd` (ioctl FICLONE); False where that cannot be had."""
-    import fcntl
-
     try:
         fcntl.ioctl(target_fd, FICLONE, source_fd)
     except OSError as error:

@@ -20,15 +20,14 @@ import trio
 
 from unionfs import copyup, faults, markers, syscalls
 from unionfs.errors import ReadOnlyStackError, StaleNodeError, UnionError
-from unionfs.inodes import DirNode, Node, OpenFile, derive
-from unionfs.layer import DirectorySheet
+from unionfs.inodes import Data, DirNode, Node, OpenFile, derive
 from unionfs.resolve import Verdict
-from unionfs.view import NAME_MAX, TreeOptions, UnionView
+from unionfs.view import NAME_MAX, TreeOptions, UnionView, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from unionfs.layer import Layer
+    from unionfs.layer import DirectorySheet, Layer, Sheet
     from unionfs.upper import Upper
 
 _INLINE_COPY_BYTES = 1 << 20
@@ -68,7 +67,7 @@ class UnionTree(UnionView):
         self._copy_limiter = trio.CapacityLimiter(4)
         self._self = Caller(os.geteuid(), os.getegid())
         self._threads = 0
-        self.on_busy: Callable[[bool], None] | None = None
+        self.on_busy: Callable[[int], None] = lambda _threads: None
 
     # --- acting for a caller -------------------------------------------------------------------------------------
 
@@ -97,15 +96,15 @@ class UnionTree(UnionView):
     async def _in_thread(self, work: Callable[[], None]) -> None:
         """Run blocking work beside the event loop; a mount that ends waits for it."""
         self._threads += 1
-        if self._threads == 1 and self.on_busy is not None:
-            self.on_busy(True)
+        if self._threads == 1:
+            self.on_busy(1)
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(work, limiter=self._copy_limiter)
         finally:
             self._threads -= 1
-            if self._threads == 0 and self.on_busy is not None:
-                self.on_busy(False)
+            if self._threads == 0:
+                self.on_busy(0)
 
     # --- copy-up -------------------------------------------------------------------------------------------------
 
@@ -127,7 +126,7 @@ class UnionTree(UnionView):
             raise StaleNodeError(directory.ino)
         for node in reversed(chain):
             self._copy_up_directory(node)
-        assert directory.upper_sheet is not None  # noqa: S101 - just made
+        assert directory.upper_sheet is not None  # just made
         return directory.upper_sheet
 
     def _copy_up_directory(self, node: DirNode) -> None:
@@ -161,7 +160,7 @@ class UnionTree(UnionView):
     @contextlib.contextmanager
     def _times_kept(self, parent: DirNode) -> Iterator[None]:
         """Publish a copy-up in `parent` without its users seeing the directory change."""
-        assert parent.upper_sheet is not None  # noqa: S101 - callers have made it
+        assert parent.upper_sheet is not None  # callers have made it
         fd = parent.upper_sheet.fd()
         st = os.fstat(fd)
         yield
@@ -206,7 +205,9 @@ class UnionTree(UnionView):
         source = lower.xattr_path(node.lower_name)
         metacopy = False
         if node.kind == stat.S_IFREG:
-            metacopy = not data and st.st_size > 0 and self.options.metacopy and self._can_metacopy()
+            metacopy = (
+                not data and st.st_size > 0 and self.options.metacopy and self._can_metacopy()
+            )
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = os.open(staged, flags, 0o600, dir_fd=upper.work_fd)
             try:
@@ -225,9 +226,8 @@ class UnionTree(UnionView):
         upper.write_origin(path, node.ino)
         if metacopy:
             os.setxattr(path, upper.dialect.name("metacopy"), b"")
-            data_sheet, data_name = node.data or (lower, node.lower_name)
-            if data_sheet is not lower or data_name != node.name or st.st_nlink > 1:
-                upper.set_redirect(path, join(data_sheet.path(), data_name))
+            if node.lower_name != node.name or st.st_nlink > 1:
+                upper.set_redirect(path, join(lower.path(), node.lower_name))
         return metacopy
 
     def _can_metacopy(self) -> bool:
@@ -262,16 +262,17 @@ class UnionTree(UnionView):
                 os.close(source)
 
     def _open_lower_data(self, node: Node) -> int:
-        sheet, name = node.data or (node.sheet, node.lower_name)
-        if sheet is None:
+        if node.data is not None:
+            return open_quietly(node.data.sheet.open, node.data.name, os.O_RDONLY)
+        if node.sheet is None:
             raise StaleNodeError(node.ino)
-        return open_quietly(sheet.open, name, os.O_RDONLY)
+        return open_quietly(node.sheet.open, node.lower_name, os.O_RDONLY)
 
     def _publish(self, node: Node, staged: bytes, *, metacopy: bool) -> None:
         """Put a finished copy in the node's place and let everything that is open use it."""
         upper, lower = self._writable(), node.sheet
-        assert lower is not None  # noqa: S101 - only lower nodes are copied up
-        data = node.data or (lower, node.lower_name)
+        assert lower is not None  # only lower nodes are copied up
+        data = self._data_below(node, lower) if metacopy else None
         st = os.stat(staged, dir_fd=upper.work_fd, follow_symlinks=False)
         if not node.names():
             node.orphan_fd = open_path(staged, upper.work_fd)
@@ -281,13 +282,20 @@ class UnionTree(UnionView):
             if links > 1:
                 self._index(node, staged, links)
             for place, (parent, name) in enumerate(node.names()):
-                assert parent.upper_sheet is not None  # noqa: S101 - ensured before staging
+                assert parent.upper_sheet is not None  # ensured before staging
                 self._publish_name(node, parent, name, staged, last=place == len(node.names()) - 1)
         faults.point("copyup.published")
         node.upper, node.host_ino = True, st.st_ino
-        node.data = data if metacopy else None
+        node.data = data
         node.sheet, node.lower_name = None, b""
         self._reopen(node)
+
+    @staticmethod
+    def _data_below(node: Node, lower: Sheet) -> Data:
+        below = join(lower.path(), node.lower_name)
+        if node.data is not None:
+            return Data(node.data.sheet, node.data.name, below)
+        return Data(lower, node.lower_name, below)
 
     def _publish_name(
         self, node: Node, parent: DirNode, name: bytes, staged: bytes, *, last: bool
@@ -434,7 +442,7 @@ class UnionTree(UnionView):
         node = DirNode(number) if kind == stat.S_IFDIR else Node(number, kind)
         node.upper, node.host_ino = True, st.st_ino
         if isinstance(node, DirNode):
-            assert parent.upper_sheet is not None  # noqa: S101 - it was made there
+            assert parent.upper_sheet is not None  # it was made there
             node.upper_sheet = parent.upper_sheet.child(name)
             node.complete = True
             parent.subdirectories += 1
@@ -471,9 +479,7 @@ class UnionTree(UnionView):
         node.file = OpenFile(fd, writable=True)
         return node, st
 
-    def _create_over_whiteout(
-        self, parent: DirNode, name: bytes, mode: int, caller: Caller
-    ) -> int:
+    def _create_over_whiteout(self, parent: DirNode, name: bytes, mode: int, caller: Caller) -> int:
         with self._nursery_for(parent) as (dir_fd, staged):
             with self._acting_for(caller):
                 fd = os.open(staged, _CREATE_FLAGS, mode, dir_fd=dir_fd)
@@ -515,9 +521,7 @@ class UnionTree(UnionView):
         """
         if stat.S_ISCHR(mode) and rdev == 0:
             raise UnionError(errno.EPERM)
-        return self._make(
-            parent, name, caller, lambda at, fd: os.mknod(at, mode, rdev, dir_fd=fd)
-        )
+        return self._make(parent, name, caller, lambda at, fd: os.mknod(at, mode, rdev, dir_fd=fd))
 
     def symlink(
         self, parent: DirNode, name: bytes, target: bytes, caller: Caller
@@ -543,9 +547,7 @@ class UnionTree(UnionView):
         st = sheet.lstat(name)
         return self._enter_new(parent, name, st), st
 
-    def _mkdir_over_whiteout(
-        self, parent: DirNode, name: bytes, mode: int, caller: Caller
-    ) -> None:
+    def _mkdir_over_whiteout(self, parent: DirNode, name: bytes, mode: int, caller: Caller) -> None:
         upper = self._writable()
         with self._nursery_for(parent) as (dir_fd, staged):
             with self._acting_for(caller):
@@ -628,17 +630,17 @@ class UnionTree(UnionView):
             if node.is_directory:
                 raise UnionError(errno.EISDIR)
             sheet = self.ensure_upper(parent)
-            if node.upper or self._stat_by_name(node).st_nlink == 1:
-                break
-            await self._count_names(node)  # names of one lower file: the count must live somewhere
+            await self._count_names(node)
             if self._present(parent, name) is node:
                 break
         self._remove_file(node, parent, sheet, name)
         faults.point("unlink.done")
 
     async def _count_names(self, node: Node) -> None:
-        """Copy up the metadata of a hard-linked lower file, whose link count is about to change."""
-        if self._writable().dialect.xattrs:
+        """Copy up the metadata of a hard-linked lower file: its link count is about to change."""
+        if node.upper or node.is_directory or not self._writable().dialect.xattrs:
+            return
+        if self._stat_by_name(node).st_nlink > 1:
             await self.copy_up(node, data=False)
 
     def _present(self, parent: DirNode, name: bytes) -> Node:
@@ -647,9 +649,7 @@ class UnionTree(UnionView):
             raise UnionError(errno.ENOENT)
         return hit[0]
 
-    def _remove_file(
-        self, node: Node, parent: DirNode, sheet: DirectorySheet, name: bytes
-    ) -> None:
+    def _remove_file(self, node: Node, parent: DirNode, sheet: DirectorySheet, name: bytes) -> None:
         upper = self._writable()
         self._keep_reachable(node, parent, name)
         stands_in_upper = node.upper and (not node.indexed or sheet.has_entry(name))
@@ -672,16 +672,16 @@ class UnionTree(UnionView):
             return
         if not node.indexed and node.names() != [(parent, name)]:
             return
-        with contextlib.suppress(OSError):  # EMFILE: its number is guarded by the table, its data is not
+        with contextlib.suppress(
+            OSError
+        ):  # EMFILE: its number is guarded by the table, its data is not
             if node.file is not None and node.data is None:
                 node.orphan_fd = os.dup(node.file.fd)
             else:
                 _, dir_fd, at = self.location(node)
                 node.orphan_fd = open_path(at, dir_fd)
 
-    def _lost_name(
-        self, node: Node, parent: DirNode, name: bytes, *, stood_in_upper: bool
-    ) -> None:
+    def _lost_name(self, node: Node, parent: DirNode, name: bytes, *, stood_in_upper: bool) -> None:
         upper = self._writable()
         node.drop_name(parent, name)
         if node.indexed:
@@ -764,9 +764,8 @@ class UnionTree(UnionView):
             if target is not None and exchange:
                 self._check_movable(target)
                 await self._in_upper_at(target, new_parent, new_name)
-            elif target is not None and not target.upper and not target.is_directory:
-                if self._stat_by_name(target).st_nlink > 1:
-                    await self._count_names(target)
+            elif target is not None:
+                await self._count_names(target)
             if self._still(old_parent, old_name, node) and self._still(
                 new_parent, new_name, target
             ):
@@ -811,9 +810,9 @@ class UnionTree(UnionView):
         return target
 
     def _check_movable(self, node: Node) -> None:
-        if isinstance(node, DirNode) and node.sheets:
-            if not self.options.redirect or not self._writable().dialect.xattrs:
-                raise UnionError(errno.EXDEV)
+        redirects = self.options.redirect and self._writable().dialect.xattrs
+        if isinstance(node, DirNode) and node.sheets and not redirects:
+            raise UnionError(errno.EXDEV)
 
     def _still(self, parent: DirNode, name: bytes, node: Node | None) -> bool:
         hit = self.lookup(parent, name)
@@ -824,8 +823,7 @@ class UnionTree(UnionView):
         upper = self._writable()
         path, _ = self.xattr_path(node)
         if node.data is not None:
-            sheet, name = node.data
-            upper.set_redirect(path, join(sheet.path(), name))
+            upper.set_redirect(path, node.data.below)
         sheet_upper = self.ensure_upper(parent)
         if not parent.impure and upper.read_origin(path) is not None:
             upper.make_impure(sheet_upper)
@@ -834,7 +832,7 @@ class UnionTree(UnionView):
     def _before_moving_directory(self, node: DirNode, parent: DirNode, name: bytes) -> None:
         """A directory must go on showing its own lower directories, and no others, in its new place."""
         upper = self._writable()
-        assert node.upper_sheet is not None  # noqa: S101 - it was copied up
+        assert node.upper_sheet is not None  # it was copied up
         if node.sheets:
             try:
                 upper.set_redirect(node.upper_sheet.xattr_path(None), node.sheets[0].path())
@@ -1149,11 +1147,6 @@ class UnionTree(UnionView):
             await self._in_thread(lambda: os.fsync(fd))
         finally:
             os.close(fd)
-
-
-def join(directory: bytes, name: bytes) -> bytes:
-    """A path inside a layer."""
-    return directory + name if directory == b"/" else directory + b"/" + name
 
 
 def open_path(name: bytes, dir_fd: int) -> int:

@@ -107,9 +107,7 @@ class Upper:
     def has_whiteout(self, sheet: DirectorySheet, name: bytes) -> bool:
         """Whether a whiteout device stands under `name` in the upper directory."""
         try:
-            return markers.is_whiteout_stat(
-                os.stat(name, dir_fd=sheet.fd(), follow_symlinks=False)
-            )
+            return markers.is_whiteout_stat(os.stat(name, dir_fd=sheet.fd(), follow_symlinks=False))
         except FileNotFoundError:
             return False
 
@@ -180,9 +178,7 @@ class Upper:
             return
         try:
             follow = isinstance(target, int)
-            os.setxattr(
-                target, self._origin_name, markers.pack_origin(ino), follow_symlinks=follow
-            )
+            os.setxattr(target, self._origin_name, markers.pack_origin(ino), follow_symlinks=follow)
         except OSError as error:
             # user.* attributes are refused on symbolic links and special files (xattr(7))
             if error.errno not in {errno.EPERM, errno.EOPNOTSUPP}:
@@ -300,9 +296,7 @@ def _lock(fd: int, path: bytes, what: str) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        msg = (
-            f"{what} {os.fsdecode(path)} is busy: another mount uses it; unmount that, or choose another"
-        )
+        msg = f"{what} {os.fsdecode(path)} is busy: another mount uses it; unmount that, or choose another"
         raise SetupError(msg) from error
 
 
@@ -328,15 +322,11 @@ def _probe(work_fd: int, path: bytes, *, prefer_user_xattrs: bool) -> Dialect:
         )
     finally:
         os.unlink(probe, dir_fd=work_fd)
-    devices = _probe_devices(work_fd) and not os.environ.get(
-        "FUSE_OVERLAYFS_DISABLE_OVL_WHITEOUT"
-    )
+    devices = _probe_devices(work_fd) and not os.environ.get("FUSE_OVERLAYFS_DISABLE_OVL_WHITEOUT")
     if prefix is None and not _can_create(work_fd):
         msg = f"upper directory {os.fsdecode(path)} is on a file system that cannot hold an upper layer"
         raise SetupError(msg)
-    return Dialect(
-        prefix or markers.USER_PREFIX, xattrs=prefix is not None, devices=devices
-    )
+    return Dialect(prefix or markers.USER_PREFIX, xattrs=prefix is not None, devices=devices)
 
 
 def _probe_xattrs(path: bytes, *, prefer_user: bool) -> bytes | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from unionfs import markers
 from unionfs.errors import CorruptLayerError, ReadOnlyStackError, StaleNodeError, UnionError
-from unionfs.inodes import ROOT_INO, DirNode, Node, NodeTable, derive
+from unionfs.inodes import ROOT_INO, Data, DirNode, Node, NodeTable, derive
 from unionfs.layer import DirectorySheet, walk
 from unionfs.resolve import Kind, Verdict
 
@@ -64,6 +64,7 @@ class Found:
         sheets: For a directory, its lower sheets.
         sheet, name: For anything else in a lower layer, where it is.
         data: For metadata that stands above its data (metacopy), where the data is.
+        below: For a metacopy, the path by which the next layer down with a part in it is found.
     """
 
     st: os.stat_result
@@ -73,6 +74,7 @@ class Found:
     sheet: Sheet | None = None
     name: bytes = b""
     data: tuple[Sheet, bytes] | None = None
+    below: bytes = b""
 
 
 class UnionView:
@@ -97,7 +99,7 @@ class UnionView:
             root.impure = root.upper_sheet.marks().impure
             closed = root.upper_sheet.marks().opaque
         for layer in self.lowers:
-            if closed:
+            if closed or layer.data_only:
                 break
             root.sheets.append(layer.root)
             hit_opaque = isinstance(layer.root, DirectorySheet) and (
@@ -190,26 +192,27 @@ class UnionView:
         if self.options.caching:
             if isinstance(entry, Node):
                 return entry, self.stat(entry)
-            if entry is None:
-                if parent.complete:
-                    if len(name) > NAME_MAX:
-                        raise UnionError(errno.ENAMETOOLONG)
-                    return None
-                entry = self._miss(parent, name)
-                if parent.complete and entry is None:
-                    return None
-        if len(name) > NAME_MAX:
+            if entry is None and not self._may_have(parent, name):
+                return None
+            entry = parent.entries.get(name)
+        elif len(name) > NAME_MAX:
             raise UnionError(errno.ENAMETOOLONG)
         if markers.is_marker_name(name) or parent.dead:
             return None
         return self._look_on_disk(parent, name, entry)
 
-    def _miss(self, parent: DirNode, name: bytes) -> Node | int | None:
-        """Nothing is known of `name`: after some of these it pays to list the whole directory."""
+    def _may_have(self, parent: DirNode, name: bytes) -> bool:
+        """Whether it is worth asking the layers about a name of which nothing is known."""
+        if len(name) > NAME_MAX:
+            raise UnionError(errno.ENAMETOOLONG)
+        if parent.complete:
+            return name in parent.entries
         parent.misses += 1
         if parent.misses > _MISSES_BEFORE_LISTING and parent.sheets:
+            # After some of these it pays to list the whole directory.
             self.load(parent)
-        return parent.entries.get(name)
+            return name in parent.entries
+        return True
 
     def _look_on_disk(
         self, parent: DirNode, name: bytes, entry: Node | int | None
@@ -268,10 +271,13 @@ class UnionView:
                 found.upper_sheet = hit.sheet
             elif hit.sheet is not None:
                 found.sheets.append(hit.sheet)
-            if hit.fact.kind is Kind.FILE and verdict.kind is Kind.METACOPY:
-                found.data = sheet, name_there
+            if verdict.kind is Kind.METACOPY and hit.st is not found.st:
+                found.below = found.below or join(sheet.path(), name_there)
+                if hit.fact.kind is Kind.FILE:
+                    found.data = sheet, name_there
         if found is not None and verdict.kind is Kind.METACOPY and found.data is None:
-            raise CorruptLayerError(f"{os.fsdecode(name)}: metadata without data in any layer")
+            what = f"{os.fsdecode(name)}: metadata without data in any layer"
+            raise CorruptLayerError(what)
         return found
 
     def _facts(
@@ -308,6 +314,8 @@ class UnionView:
         """The facts of the layers from `first` down about the path that an absolute redirect names."""
         for layer in self.lowers[first:]:
             if verdict.closed:
+                return
+            if layer.data_only and verdict.kind is not Kind.METACOPY:
                 return
             way = walk(layer, components)
             name = components[-1]
@@ -370,7 +378,7 @@ class UnionView:
             if parent.impure or st.st_nlink > 1:
                 number, indexed = self._origin_of(parent, name, st, number)
         else:
-            assert found.sheet is not None  # noqa: S101 - what is not upper is in a lower layer
+            assert found.sheet is not None  # what is not upper is in a lower layer
             layer = found.sheet.layer
             number = derive(layer, st.st_ino)
             if upper is not None and st.st_nlink > 1:
@@ -378,17 +386,15 @@ class UnionView:
                 if index_name in upper.indexed:
                     st = os.stat(index_name, dir_fd=upper.links_fd, follow_symlinks=False)
                     in_upper = indexed = True
-                    if self._is_metacopy(index_name):
-                        found.data = found.data or (found.sheet, found.name)
-                    else:
-                        found.data = None
+                    self._index_data(found, index_name)
                     layer = upper.layer
         node = self.table.find(number, layer, st.st_ino, upper=in_upper)
         if node is not None and not node.is_directory:
             return node, st
         node = Node(number, stat.S_IFMT(st.st_mode))
         node.upper, node.indexed, node.host_ino = in_upper, indexed, st.st_ino
-        node.data = found.data
+        if found.data is not None:
+            node.data = Data(*found.data, found.below)
         if not in_upper:
             node.sheet, node.lower_name = found.sheet, found.name
         if indexed and upper is not None:
@@ -410,10 +416,15 @@ class UnionView:
         index_st = os.stat(index_name, dir_fd=upper.links_fd, follow_symlinks=False)
         return origin, index_st.st_ino == st.st_ino
 
-    def _is_metacopy(self, index_name: bytes) -> bool:
+    def _index_data(self, found: Found, index_name: bytes) -> None:
+        """Where the data of an indexed file is, that was found through one of its lower names."""
         upper = self._upper()
         path = b"/proc/self/fd/%d/%b" % (upper.links_fd, index_name)
-        return markers.get_xattr(path, upper.dialect.name("metacopy")) is not None
+        if markers.get_xattr(path, upper.dialect.name("metacopy")) is None:
+            found.data = None
+        elif found.sheet is not None:
+            found.below = join(found.sheet.path(), found.name)
+            found.data = found.data or (found.sheet, found.name)
 
     # --- listing -------------------------------------------------------------------------------------------------
 
@@ -523,8 +534,7 @@ class UnionView:
     def blocks(self, node: Node, st: os.stat_result) -> int:
         """Blocks of 512 bytes that the contents take: a metacopy's are the lower file's."""
         if node.data is not None:
-            sheet, name = node.data
-            return sheet.lstat(name).st_blocks
+            return node.data.sheet.lstat(node.data.name).st_blocks
         return st.st_blocks
 
     def shown_ino(self, node: Node) -> int:
@@ -590,3 +600,8 @@ class UnionView:
         if self.upper is None:
             raise ReadOnlyStackError
         return self.upper
+
+
+def join(directory: bytes, name: bytes) -> bytes:
+    """A path inside a layer."""
+    return directory + name if directory == b"/" else directory + b"/" + name
