@@ -72,6 +72,9 @@ class Layer(Protocol):
 class Sheet(Protocol):
     """One directory of one layer."""
 
+    impure: bool
+    """It may hold copied-up entries, so that each has to be asked for its markers."""
+
     @property
     def layer(self) -> Layer:
         """The layer that it belongs to."""

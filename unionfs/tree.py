@@ -335,7 +335,43 @@ class UnionTree(UnionView):
         node.indexed, node.standing = True, links
 
     async def _fill_metacopy(self, node: Node, size_bytes: int | None) -> None:
-        """Copy the data below a metadata-only copy into its upper file; the marker goes last."""
+        """Give a metadata-only copy its data."""
+        if node.parent is not None and self._stat_by_name(node).st_nlink == 1:
+            with self._writable().staged() as staged:
+                await self._replace_metacopy(node, staged, size_bytes)
+        else:
+            await self._fill_in_place(node, size_bytes)
+
+    async def _replace_metacopy(self, node: Node, staged: bytes, size_bytes: int | None) -> None:
+        """Put a whole copy in the place of a metadata-only one, in one step."""
+        upper = self._writable()
+        fd = os.open(staged, _CREATE_FLAGS, 0o600, dir_fd=upper.work_fd)
+        try:
+            await self._copy_contents(node, fd, self._stat_by_name(node), size_bytes)
+            st = os.fstat(fd)
+        finally:
+            os.close(fd)
+        source, follow = self.xattr_path(node)
+        self._finish_staged(self._stat_by_name(node), source + (b"/." if follow else b""), staged)
+        upper.write_origin(upper.staged_path(staged), node.ino)
+        faults.point("copyup.staged")
+        if node.parent is None:  # it was removed while the data was copied
+            os.close(node.orphan_fd)
+            node.orphan_fd = open_path(staged, upper.work_fd)
+            os.unlink(staged, dir_fd=upper.work_fd)
+        else:
+            with self._times_kept(node.parent):
+                _, dir_fd, name = self.location(node)
+                os.rename(staged, name, src_dir_fd=upper.work_fd, dst_dir_fd=dir_fd)
+        faults.point("copyup.published")
+        node.data, node.host_ino = None, st.st_ino
+        self._reopen(node)
+
+    async def _fill_in_place(self, node: Node, size_bytes: int | None) -> None:
+        """Copy the data below a hard-linked metadata-only copy into it; the marker goes last.
+
+        A crash before that leaves the metadata-only copy, with some of its data and a later mtime.
+        """
         path, follow = self.xattr_path(node)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
         try:

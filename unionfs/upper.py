@@ -163,6 +163,7 @@ class Upper:
         if self.dialect.xattrs and not sheet.marks().impure:
             os.setxattr(sheet.xattr_path(None), self.dialect.name("impure"), b"y")
             sheet.forget_marks()
+            sheet.impure = True
 
     # --- origin and index ----------------------------------------------------------------------------------------
 

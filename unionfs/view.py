@@ -217,7 +217,7 @@ class UnionView:
     def _look_on_disk(
         self, parent: DirNode, name: bytes, entry: Node | int | None
     ) -> tuple[Node, os.stat_result] | None:
-        if isinstance(entry, int) and entry >= -1 and not (entry == -1 and parent.impure):
+        if isinstance(entry, int) and entry >= -1 and not parent.sheet_at(entry).impure:
             quick = self._adopt_plain(parent, name, entry)
             if quick is not None:
                 return quick
