@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import trio
@@ -56,65 +56,122 @@ class Data:
     below: bytes
 
 
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """What is true of few nodes only, so that the many do without it; see `Node`."""
+
+    others: set[tuple[DirNode, bytes]] | None = None
+    lower_name: bytes = b""
+    data: Data | None = None
+    indexed: bool = False
+    standing: int = 0
+    host_ino: int = 0
+    file: OpenFile | None = None
+    orphan_fd: int = -1
+    dead: bool = False
+    copying: trio.Event | None = None
+
+
+class _Rare(Generic[T]):
+    """An attribute of `Node` that lives in its `State`, which is made when a value is first set."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, node: Node, owner: type) -> T:
+        if node.state is None:
+            return self._default
+        value: T = getattr(node.state, self._name)
+        return value
+
+    def __set__(self, node: Node, value: T) -> None:
+        if node.state is None:
+            if value == self._default:
+                return
+            node.state = State()
+        setattr(node.state, self._name, value)
+
+
 class Node:
     """An inode that the kernel knows, or is about to.
+
+    There is one per file that the kernel has seen, so a plain one is kept small: what few have is in `state`.
 
     Attributes:
         ino: Number shown, and the kernel's node id.
         kind: The S_IFMT bits of its mode.
         lookups: How many references the kernel holds.
         parent, name: One name of it in the union; None when it has none that is known.
+        sheet: The directory of the lower layer that has it; None when its metadata is in the upper layer.
+        state: What is not as with most; None where all of it is.
         others: Further names that are known, or None.
-        upper: Its metadata is in the upper layer.
-        sheet, lower_name: Where it is in a lower layer; sheet is None for an upper file.
         data: Where its data is, for metadata that stands above it; else None.
         indexed: Its upper file is reached through the index of hard-linked copy-ups.
         standing: For an indexed node, how many names still stand in lower layers.
-        host_ino: Host's inode number of its file in the layer that `upper` says.
         file: Open descriptor, while it is open.
         orphan_fd: Keeps an object without a known name reachable; -1 otherwise.
         dead: No name is left in the union.
         copying: Set while a copy-up of it is under way in a thread.
     """
 
-    __slots__ = (
-        "copying",
-        "data",
-        "dead",
-        "file",
-        "host_ino",
-        "indexed",
-        "ino",
-        "kind",
-        "lookups",
-        "lower_name",
-        "name",
-        "orphan_fd",
-        "others",
-        "parent",
-        "sheet",
-        "standing",
-        "upper",
-    )
+    __slots__ = ("ino", "kind", "lookups", "name", "parent", "sheet", "state")
 
-    def __init__(self, ino: int, kind: int) -> None:
+    def __init__(
+        self, ino: int, kind: int, parent: DirNode | None, name: bytes, sheet: Sheet | None
+    ) -> None:
         self.ino = ino
         self.kind = kind
+        self.parent = parent
+        self.name = name
+        self.sheet = sheet
         self.lookups = 0
-        self.parent: DirNode | None = None
-        self.name: bytes = b""
-        self.others: set[tuple[DirNode, bytes]] | None = None
-        self.upper = False
-        self.sheet: Sheet | None = None
-        self.lower_name: bytes = b""
-        self.data: Data | None = None
-        self.indexed = False
-        self.standing = 0
-        self.host_ino = 0
-        self.file: OpenFile | None = None
-        self.orphan_fd = -1
-        self.dead = False
-        self.copying: trio.Event | None = None
+        self.state: State | None = None
+
+    others: _Rare[set[tuple[DirNode, bytes]] | None] = _Rare(None)
+    data: _Rare[Data | None] = _Rare(None)
+    indexed: _Rare[bool] = _Rare(default=False)
+    standing: _Rare[int] = _Rare(0)
+    file: _Rare[OpenFile | None] = _Rare(None)
+    orphan_fd: _Rare[int] = _Rare(-1)
+    dead: _Rare[bool] = _Rare(default=False)
+    copying: _Rare[trio.Event | None] = _Rare(None)
+
+    @property
+    def upper(self) -> bool:
+        """Its metadata is in the upper layer."""
+        return self.sheet is None
+
+    @property
+    def lower_name(self) -> bytes:
+        """Its name in `sheet`."""
+        if self.state is not None and self.state.lower_name:
+            return self.state.lower_name
+        return self.name
+
+    @lower_name.setter
+    def lower_name(self, name: bytes) -> None:
+        if name != self.lower_name:
+            self.state = self.state or State()
+            self.state.lower_name = name
+
+    @property
+    def host_ino(self) -> int:
+        """The host's inode number of its file in the layer that has its metadata."""
+        if self.state is not None and self.state.host_ino:
+            return self.state.host_ino
+        return self.ino
+
+    @host_ino.setter
+    def host_ino(self, number: int) -> None:
+        if number != self.host_ino:
+            self.state = self.state or State()
+            self.state.host_ino = number
 
     @property
     def is_directory(self) -> bool:
@@ -134,6 +191,9 @@ class Node:
     def drop_name(self, parent: DirNode, name: bytes) -> None:
         """Forget a name; another known one takes its place."""
         if self.parent is parent and self.name == name:
+            if self.sheet is not None:
+                self.state = self.state or State()
+                self.state.lower_name = self.lower_name  # the name in its layer does not change
             if self.others:
                 self.parent, self.name = self.others.pop()
             else:
@@ -174,8 +234,8 @@ class DirNode(Node):
         "upper_sheet",
     )
 
-    def __init__(self, ino: int) -> None:
-        super().__init__(ino, stat.S_IFDIR)
+    def __init__(self, ino: int, parent: DirNode | None, name: bytes) -> None:
+        super().__init__(ino, stat.S_IFDIR, parent, name, None)
         self.upper_sheet: DirectorySheet | None = None
         self.sheets: list[Sheet] = []
         self.entries: dict[bytes, Node | int] = {}
@@ -184,6 +244,11 @@ class DirNode(Node):
         self.known = 0
         self.misses = 0
         self.impure = False
+
+    @property
+    def upper(self) -> bool:
+        """It has a directory in the upper layer."""
+        return self.upper_sheet is not None
 
     def sheet_at(self, place: int) -> Sheet:
         """The sheet that an entry's place stands for."""
@@ -242,8 +307,9 @@ class NodeTable:
         """Enter a new node; it gets a spare number when another live file has its own."""
         if node.ino in self.nodes or (node.ino == ROOT_INO and self.nodes):
             self._spare_next += 1
-            node.ino = self._spare_next
-            self._spare[(upper, layer.salt, node.host_ino)] = node
+            host_ino, node.ino = node.host_ino, self._spare_next
+            node.host_ino = host_ino
+            self._spare[(upper, layer.salt, host_ino)] = node
         self.nodes[node.ino] = node
 
     def remove(self, node: Node) -> None:

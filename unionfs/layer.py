@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from collections import OrderedDict
@@ -49,6 +50,8 @@ WHITEOUT_HIT = Hit(WHITEOUT)
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from unionfs.markers import Dialect, DirectoryMarks
 
 
@@ -91,8 +94,11 @@ class Sheet(Protocol):
     def stat_self(self) -> os.stat_result:
         """Metadata of the directory."""
 
-    def scan(self) -> tuple[list[tuple[bytes, bool]], set[bytes]]:
-        """The entries (name, is a directory) without markers, and the names that it hides further down."""
+    def scan(self) -> tuple[list[bytes], set[bytes], set[bytes]]:
+        """The names in it without markers, which of them are directories, and what it hides further down."""
+
+    def stats(self) -> Callable[[bytes], os.stat_result]:
+        """`lstat` for many entries within one request."""
 
     def open(self, name: bytes, flags: int) -> int:
         """Open the entry `name`; the caller owns the descriptor."""
@@ -336,32 +342,39 @@ class DirectorySheet:
         """Whether `.wh.NAME` hides `name` further down."""
         return len(name) <= 251 and self.has_entry(markers.AUFS_PREFIX + name)  # 255 - len(".wh.")
 
-    def scan(self) -> tuple[list[tuple[bytes, bool]], set[bytes]]:
-        """The entries (name, is a directory) without markers, and the names that it hides further down.
+    def scan(self) -> tuple[list[bytes], set[bytes], set[bytes]]:
+        """The names in it without markers, which of them are directories, and what it hides further down.
 
         Raises:
             OSError: The directory could not be read.
         """
-        entries: list[tuple[bytes, bool]] = []
+        faults.point("read.lower")
+        names: list[bytes] = []
+        directories: set[bytes] = set()
         hidden: set[bytes] = set()
-        fd = self.fd()
-        with os.scandir(b"/proc/self/fd/%d" % fd) as listing:
+        with os.scandir(b"/proc/self/fd/%d" % self.fd()) as listing:
             for entry in listing:
                 name = entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    entries.append((name, True))
-                elif name.startswith(markers.AUFS_PREFIX):
+                if name.startswith(markers.AUFS_PREFIX):
                     hidden.add(name[len(markers.AUFS_PREFIX) :])
-                elif entry.is_file(follow_symlinks=False):
-                    if self.whiteout_files and self._is_whiteout_file(name):
-                        hidden.add(name)
-                    else:
-                        entries.append((name, False))
-                elif not entry.is_symlink() and self._is_whiteout_device(name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    directories.add(name)
+                elif self._hides(entry):
                     hidden.add(name)
-                else:
-                    entries.append((name, False))
-        return entries, hidden
+                    continue
+                names.append(name)
+        return names, directories, hidden
+
+    def _hides(self, entry: os.DirEntry[bytes]) -> bool:
+        """Whether an entry that is no directory is a whiteout."""
+        if entry.is_file(follow_symlinks=False):
+            return self.whiteout_files and self._is_whiteout_file(entry.name)
+        return not entry.is_symlink() and self._is_whiteout_device(entry.name)
+
+    def stats(self) -> Callable[[bytes], os.stat_result]:
+        """`lstat` for many entries within one request."""
+        return functools.partial(os.stat, dir_fd=self.fd(), follow_symlinks=False)
 
     def _is_whiteout_file(self, name: bytes) -> bool:
         st = self.lstat(name)

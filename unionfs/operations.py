@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
-from unionfs import acl, faults
+from unionfs import acl, faults, syscalls
+from unionfs.inodes import Node
 from unionfs.tree import Caller, Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from unionfs.inodes import DirNode, Node
-    from unionfs.layer import FdCache
+    from unionfs.inodes import DirNode
+    from unionfs.layer import FdCache, Sheet
     from unionfs.owners import Owners
     from unionfs.tree import UnionTree
 
@@ -95,6 +96,79 @@ def request(
 _REPORTED = frozenset({errno.EIO, errno.EMFILE, errno.ENFILE, errno.EBADF})
 
 
+class BareEntry:
+    """A listing's entry without attributes, for an inode that the kernel knows already.
+
+    The kernel's protocol has it (`fuse_direntplus_link`: a node id of 0 means that attributes and reference are left
+    out), but `EntryAttributes.st_ino` sets the node id and the inode number together; so the node id, the first field
+    of libfuse's `struct fuse_entry_param`, is cleared in place.
+    """
+
+    _PROBE = 0x6D6963616D696361
+
+    def __init__(self) -> None:
+        """Find the two fields.
+
+        Raises:
+            LookupError: This build of pyfuse3 keeps them elsewhere; listings carry attributes then.
+        """
+        self._entry = EntryAttributes()
+        self._entry.st_ino = self._PROBE
+        cells = syscalls.cells_holding(self._entry, self._PROBE)
+        if len(cells) != 2:  # node id and inode number
+            msg = f"the inode number stands in {len(cells)} places"
+            raise LookupError(msg)
+        self._node_id = cells[0]
+        self._node_id.value = 0
+        if self._entry.st_ino != 0:  # the property reads the node id
+            msg = "the first place is not the node id"
+            raise LookupError(msg)
+
+    def of(self, node: Node) -> EntryAttributes:
+        """The entry for a node; valid until the next call."""
+        entry = self._entry
+        entry.st_ino = node.ino
+        self._node_id.value = 0
+        entry.st_mode = node.kind
+        return entry
+
+
+def bare_entry() -> BareEntry | None:
+    """A `BareEntry`, or None where pyfuse3 is built otherwise."""
+    try:
+        return BareEntry()
+    except LookupError as error:
+        log.info("listings of known entries carry attributes: %s", error)
+        return None
+
+
+class PlainEntries:
+    """The short way to the plain files of a listing: one lstat each, through one descriptor per sheet."""
+
+    def __init__(self, tree: UnionTree, directory: DirNode) -> None:
+        """For the entries of `directory`, within one request."""
+        self._tree = tree
+        self._directory = directory
+        self._sheets: dict[int, tuple[Sheet, Callable[[bytes], os.stat_result]]] = {}
+
+    def get(self, name: bytes, place: Node | int | None) -> tuple[Node, os.stat_result] | None:
+        """Node and metadata of an entry that the kernel does not know; None when the long way must be gone."""
+        if not isinstance(place, int) or place < -1:
+            return None
+        known = self._sheets.get(place)
+        if known is None:
+            sheet = self._directory.sheet_at(place)
+            known = self._sheets[place] = sheet, sheet.stats()
+        sheet, lstat = known
+        if sheet.impure:
+            return None
+        try:
+            st = lstat(name)
+        except FileNotFoundError:
+            return None
+        return self._tree.adopt_plain(self._directory, name, place, sheet, st)
+
+
 class UnionOperations(pyfuse3.Operations):
     """Serves a tree to the kernel."""
 
@@ -123,6 +197,7 @@ class UnionOperations(pyfuse3.Operations):
         self._listings: dict[int, Listing] = {}
         self._files: dict[int, Node] = {}
         self._next_handle = 0
+        self._bare = bare_entry()
 
     def init(self) -> None:
         """The kernel has opened the conversation."""
@@ -380,17 +455,25 @@ class UnionOperations(pyfuse3.Operations):
         node, tree = listing.node, self.tree
         if start_id == 0:
             listing.names = [b".", b"..", *tree.names(node)]
-        names, entry_of = listing.names, tree.entry
+        names, entries = listing.names, node.entries
+        reply, bare = pyfuse3.readdir_reply, self._bare if tree.options.caching else None
+        plain = PlainEntries(tree, node)
         for place in range(start_id, len(names)):
             name = names[place]
             if place < 2:  # "." and ".." come first, and the kernel counts no reference
-                if not pyfuse3.readdir_reply(token, name, self._dot(node, name), place + 1):
+                if not reply(token, name, self._dot(node, name), place + 1):
                     return
                 continue
-            hit = entry_of(node, name)
+            there = entries.get(name)
+            if bare is not None and isinstance(there, Node):
+                if not reply(token, name, bare.of(there), place + 1):
+                    return
+                continue
+            hit = plain.get(name, there) or tree.entry(node, name)
             if hit is None:
                 continue
-            if not pyfuse3.readdir_reply(token, name, self._entry(*hit), place + 1):
+            if not reply(token, name, self._entry(*hit), place + 1):
+                tree.forget(hit[0].ino, 0)
                 return
             hit[0].lookups += 1
 

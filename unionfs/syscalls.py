@@ -159,3 +159,17 @@ def reflink(source_fd: int, target_fd: int) -> bool:
             return False
         raise
     return True
+
+
+def cells_holding(thing: object, number: int) -> list[ctypes.c_uint64]:
+    """The aligned 8-byte cells inside the memory of an extension object that hold `number`, in order.
+
+    Writing to a cell changes the object; `thing` must outlive the cells.
+    """
+    size = ctypes.sizeof(ctypes.c_uint64)
+    first = id(thing)
+    cells = [
+        ctypes.c_uint64.from_address(first + offset)
+        for offset in range(0, thing.__sizeof__() - size + 1, size)
+    ]
+    return [cell for cell in cells if cell.value == number]

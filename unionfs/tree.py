@@ -148,7 +148,6 @@ class UnionTree(UnionView):
                 )
         faults.point("copyup.published")
         node.upper_sheet = parent.upper_sheet.child(node.name)
-        node.upper = True
 
     def _finish_staged(self, st: os.stat_result, source: bytes, staged: bytes) -> None:
         upper = self._writable()
@@ -285,9 +284,8 @@ class UnionTree(UnionView):
                 assert parent.upper_sheet is not None  # ensured before staging
                 self._publish_name(node, parent, name, staged, last=place == len(node.names()) - 1)
         faults.point("copyup.published")
-        node.upper, node.host_ino = True, st.st_ino
+        node.sheet, node.host_ino = None, st.st_ino
         node.data = data
-        node.sheet, node.lower_name = None, b""
         self._reopen(node)
 
     @staticmethod
@@ -475,15 +473,18 @@ class UnionTree(UnionView):
         upper = self._writable()
         kind = stat.S_IFMT(st.st_mode)
         number = derive(upper.layer, st.st_ino)
-        node = DirNode(number) if kind == stat.S_IFDIR else Node(number, kind)
-        node.upper, node.host_ino = True, st.st_ino
+        node: Node
+        if kind == stat.S_IFDIR:
+            node = DirNode(number, parent, name)
+        else:
+            node = Node(number, kind, parent, name, None)
+        node.host_ino = st.st_ino
         if isinstance(node, DirNode):
             assert parent.upper_sheet is not None  # it was made there
             node.upper_sheet = parent.upper_sheet.child(name)
             node.complete = True
             parent.subdirectories += 1
         self.table.add(node, upper.layer, upper=True)
-        node.add_name(parent, name)
         parent.set_entry(name, node)
         self._after_making(parent, name)
         return node

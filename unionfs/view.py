@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NAME_MAX = 255
 _UNKNOWN_PLACE = -2
+_S_IFMT = 0o170000  # linux/stat.h
 _MISSES_BEFORE_LISTING = 8
 
 
@@ -86,7 +87,7 @@ class UnionView:
         self.upper = upper
         self.options = options
         self.table = NodeTable()
-        self.root = DirNode(ROOT_INO)
+        self.root = DirNode(ROOT_INO, None, b"")
         self.root.lookups = 1
         self._stack_root()
 
@@ -94,7 +95,6 @@ class UnionView:
         root = self.root
         closed = False
         if self.upper is not None:
-            root.upper = True
             root.upper_sheet = self.upper.root
             root.impure = root.upper_sheet.marks().impure
             closed = root.upper_sheet.marks().opaque
@@ -234,21 +234,29 @@ class UnionView:
     ) -> tuple[Node, os.stat_result] | None:
         """The short way for what a listing placed: no directory, no hard links, no holes, nothing to merge."""
         sheet = parent.sheet_at(place)
-        st = sheet.lstat(name)
-        kind = stat.S_IFMT(st.st_mode)
+        return self.adopt_plain(parent, name, place, sheet, sheet.lstat(name))
+
+    def adopt_plain(
+        self, parent: DirNode, name: bytes, place: int, sheet: Sheet, st: os.stat_result
+    ) -> tuple[Node, os.stat_result] | None:
+        """Enter a plain file whose metadata is at hand; None when the union rule has to be asked."""
+        kind = st.st_mode & _S_IFMT
         if kind == stat.S_IFDIR or st.st_nlink != 1 or st.st_blocks * 512 < st.st_size:
             return None
-        number = derive(sheet.layer, st.st_ino)
-        node = self.table.find(number, sheet.layer, st.st_ino, upper=place < 0)
-        if node is None:
-            node = Node(number, kind)
-            node.host_ino = st.st_ino
-            if place < 0:
-                node.upper = True
+        layer = sheet.layer
+        ino = st.st_ino if layer.salt == 0 else derive(layer, st.st_ino)
+        node = Node(ino, kind, parent, name, None if place < 0 else sheet)
+        nodes = self.table.nodes
+        if ino in nodes or layer.salt != 0:
+            known = self.table.find(ino, layer, st.st_ino, upper=place < 0)
+            if known is not None:
+                known.add_name(parent, name)
+                node = known
             else:
-                node.sheet, node.lower_name = sheet, name
-            self.table.add(node, sheet.layer, upper=place < 0)
-        node.add_name(parent, name)
+                node.host_ino = st.st_ino
+                self.table.add(node, layer, upper=place < 0)
+        else:
+            nodes[ino] = node
         parent.set_entry(name, node)
         return node, st
 
@@ -354,11 +362,9 @@ class UnionView:
         node = self.table.find(number, layer, host_ino, upper=not found.sheets)
         if isinstance(node, DirNode) and node.parent is parent and node.name == name:
             return node
-        made = DirNode(number)
+        made = DirNode(number, parent, name)
         made.host_ino = host_ino
-        made.parent, made.name = parent, name
         made.upper_sheet = found.upper_sheet
-        made.upper = found.upper_sheet is not None
         made.sheets = found.sheets
         if found.upper_sheet is not None:
             made.impure = found.upper_sheet.marks().impure
@@ -391,8 +397,8 @@ class UnionView:
         node = self.table.find(number, layer, st.st_ino, upper=in_upper)
         if node is not None and not node.is_directory:
             return node, st
-        node = Node(number, stat.S_IFMT(st.st_mode))
-        node.upper, node.indexed, node.host_ino = in_upper, indexed, st.st_ino
+        node = Node(number, stat.S_IFMT(st.st_mode), parent, name, None)
+        node.indexed, node.host_ino = indexed, st.st_ino
         if found.data is not None:
             node.data = Data(*found.data, found.below)
         if not in_upper:
@@ -441,18 +447,23 @@ class UnionView:
         hidden: set[bytes] = set()
         first = -1 if parent.upper_sheet is not None else 0
         for place in range(first, len(parent.sheets)):
-            listed, hides = parent.sheet_at(place).scan()
-            for name, is_directory in listed:
-                if name not in places and name not in hidden:
-                    places[name] = place
-                    subdirectories += is_directory
+            names, directories, hides = parent.sheet_at(place).scan()
+            if not places and not hidden:
+                places = dict.fromkeys(names, place)
+                subdirectories = len(directories)
+            else:
+                fresh = [name for name in names if name not in places and name not in hidden]
+                places.update(dict.fromkeys(fresh, place))
+                subdirectories += len(directories.intersection(fresh))
             hidden |= hides
-        known = parent.entries
-        for name, entry in known.items():
-            if isinstance(entry, Node) and name in places:
-                places[name] = entry
+        known = [
+            (name, entry)
+            for name, entry in parent.entries.items()
+            if isinstance(entry, Node) and name in places
+        ]
+        places.update(known)
         parent.entries = places
-        parent.known = sum(isinstance(entry, Node) for entry in places.values())
+        parent.known = len(known)
         parent.subdirectories = subdirectories
         parent.complete = True
 
@@ -502,6 +513,8 @@ class UnionView:
         if isinstance(node, DirNode):
             sheet: Sheet = node.upper_sheet if node.upper_sheet is not None else node.sheets[0]
             return sheet.stat_self()
+        if node.state is None and node.sheet is not None:
+            return node.sheet.lstat(node.name)
         if node.file is not None:
             return os.fstat(node.file.fd) if node.data is None else self._stat_by_name(node)
         return self._stat_by_name(node)
