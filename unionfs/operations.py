@@ -143,30 +143,61 @@ def bare_entry() -> BareEntry | None:
 
 
 class PlainEntries:
-    """The short way to the plain files of a listing: one lstat each, through one descriptor per sheet."""
+    """The short way to the plain files of a listing: one lstat each, through one descriptor per sheet.
 
-    def __init__(self, tree: UnionTree, directory: DirNode) -> None:
-        """For the entries of `directory`, within one request."""
+    The reply is copied at once, so one `EntryAttributes` serves for all of them.
+    """
+
+    def __init__(self, tree: UnionTree, owners: Owners, timeout_s: float) -> None:
+        """For the listings of `tree`."""
         self._tree = tree
-        self._directory = directory
-        self._sheets: dict[int, tuple[Sheet, Callable[[bytes], os.stat_result]]] = {}
+        self._owners = owners
+        self._entry = EntryAttributes()
+        self._entry.entry_timeout = timeout_s
+        self._entry.attr_timeout = timeout_s
 
-    def get(self, name: bytes, place: Node | int | None) -> tuple[Node, os.stat_result] | None:
-        """Node and metadata of an entry that the kernel does not know; None when the long way must be gone."""
-        if not isinstance(place, int) or place < -1:
-            return None
-        known = self._sheets.get(place)
-        if known is None:
-            sheet = self._directory.sheet_at(place)
-            known = self._sheets[place] = sheet, sheet.stats()
-        sheet, lstat = known
+    def sheets(self, directory: DirNode) -> list[tuple[Sheet, Callable[[bytes], os.stat_result]]]:
+        """The sheets of a directory by place, the upper's last (place -1), for use within one request."""
+        sheets = [*directory.sheets]
+        if directory.upper_sheet is not None:
+            sheets.append(directory.upper_sheet)
+        return [(sheet, sheet.stats()) for sheet in sheets]
+
+    def get(
+        self,
+        directory: DirNode,
+        name: bytes,
+        place: int,
+        sheets: list[tuple[Sheet, Callable[[bytes], os.stat_result]]],
+    ) -> tuple[Node, EntryAttributes] | None:
+        """Node and reply for an entry that the kernel does not know; None when the long way must be gone."""
+        sheet, lstat = sheets[place]
         if sheet.impure:
             return None
         try:
             st = lstat(name)
         except FileNotFoundError:
             return None
-        return self._tree.adopt_plain(self._directory, name, place, sheet, st)
+        hit = self._tree.adopt_plain(directory, name, place, sheet, st)
+        if hit is None:
+            return None
+        node = hit[0]
+        entry, owners = self._entry, self._owners
+        entry.st_ino = node.ino
+        entry.st_mode = st.st_mode
+        if owners.plain:
+            entry.st_uid = st.st_uid
+            entry.st_gid = st.st_gid
+        else:
+            entry.st_uid = owners.shown_uid(st.st_uid)
+            entry.st_gid = owners.shown_gid(st.st_gid)
+        entry.st_rdev = st.st_rdev
+        entry.st_size = st.st_size
+        entry.st_blocks = st.st_blocks
+        entry.st_atime_ns = st.st_atime_ns
+        entry.st_mtime_ns = st.st_mtime_ns
+        entry.st_ctime_ns = st.st_ctime_ns
+        return node, entry
 
 
 class UnionOperations(pyfuse3.Operations):
@@ -198,6 +229,7 @@ class UnionOperations(pyfuse3.Operations):
         self._files: dict[int, Node] = {}
         self._next_handle = 0
         self._bare = bare_entry()
+        self._plain = PlainEntries(tree, owners, replies.timeout_s)
 
     def init(self) -> None:
         """The kernel has opened the conversation."""
@@ -457,7 +489,7 @@ class UnionOperations(pyfuse3.Operations):
             listing.names = [b".", b"..", *tree.names(node)]
         names, entries = listing.names, node.entries
         reply, bare = pyfuse3.readdir_reply, self._bare if tree.options.caching else None
-        plain = PlainEntries(tree, node)
+        plain, sheets = self._plain, self._plain.sheets(node)
         for place in range(start_id, len(names)):
             name = names[place]
             if place < 2:  # "." and ".." come first, and the kernel counts no reference
@@ -469,10 +501,17 @@ class UnionOperations(pyfuse3.Operations):
                 if not reply(token, name, bare.of(there), place + 1):
                     return
                 continue
-            hit = plain.get(name, there) or tree.entry(node, name)
+            hit = (
+                plain.get(node, name, there, sheets)
+                if isinstance(there, int) and there >= -1
+                else None
+            )
             if hit is None:
-                continue
-            if not reply(token, name, self._entry(*hit), place + 1):
+                found = tree.entry(node, name)
+                if found is None:
+                    continue
+                hit = found[0], self._entry(*found)
+            if not reply(token, name, hit[1], place + 1):
                 tree.forget(hit[0].ino, 0)
                 return
             hit[0].lookups += 1
