@@ -429,8 +429,7 @@ class UnionOperations(pyfuse3.Operations):
         st = self.tree.stat(node)
         if not st.st_mode & stat.S_ISGID or node.is_directory:
             return
-        gid = self.owners.shown_gid(st.st_gid)
-        if gid != ctx.gid and gid not in pyfuse3.get_sup_groups(ctx.pid):
+        if self._is_outside(st.st_gid, ctx):
             await self.tree.setattr(node, Changes(mode=st.st_mode & ~stat.S_ISGID))
 
     @request
@@ -447,7 +446,12 @@ class UnionOperations(pyfuse3.Operations):
         """Remove an attribute."""
         del ctx
         self._check_xattrs()
-        await self.tree.removexattr(self.tree.node(inode), name)
+        try:
+            await self.tree.removexattr(self.tree.node(inode), name)
+        except OSError as error:
+            # Removing an ACL that is not there succeeds (vfs_remove_acl).
+            if error.errno != errno.ENODATA or not acl.is_acl(name):
+                raise
 
     def _check_xattrs(self) -> None:
         if not self.replies.xattrs:
@@ -541,10 +545,24 @@ class UnionOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a regular file."""
         node = self.tree.node(inode)
-        await self.tree.open(node, flags, keeps_privileges=ctx.uid == 0)
+        await self.tree.open(node, flags, drops=self._dropped_by(node, flags, ctx))
         handle = self._handle()
         self._files[handle] = node
         return FileInfo(fh=handle, keep_cache=self.replies.keep_cache)
+
+    def _dropped_by(self, node: Node, flags: int, ctx: RequestContext) -> int:
+        """The privileges that a truncating open takes from a file (setattr_should_drop_suidgid)."""
+        if not flags & os.O_TRUNC or ctx.uid == 0:
+            return 0
+        st = self.tree.stat(node)
+        if st.st_mode & stat.S_IXGRP or self._is_outside(st.st_gid, ctx):
+            return stat.S_ISUID | stat.S_ISGID
+        return stat.S_ISUID
+
+    def _is_outside(self, disk_gid: int, ctx: RequestContext) -> bool:
+        """Whether the caller is in no way a member of a file's group."""
+        gid = self.owners.shown_gid(disk_gid)
+        return gid != ctx.gid and gid not in pyfuse3.get_sup_groups(ctx.pid)
 
     @request
     async def create(

@@ -368,16 +368,18 @@ class UnionTree(UnionView):
     async def _fill_in_place(self, node: Node, size_bytes: int | None) -> None:
         """Copy the data below a hard-linked metadata-only copy into it; the marker goes last.
 
-        A crash before that leaves the metadata-only copy, with some of its data and a later mtime.
+        Until then a crash leaves the metadata-only copy, and a note in the staging directory of the times that it had.
         """
+        upper = self._writable()
         path, follow = self.xattr_path(node)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
         try:
             before = os.fstat(fd)
-            await self._copy_contents(node, fd, before, size_bytes)
-            faults.point("copyup.data-in-place")
-            os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-            self._clear_metacopy(node, fd)
+            with upper.times_noted(node.ino, fd):
+                await self._copy_contents(node, fd, before, size_bytes)
+                faults.point("copyup.data-in-place")
+                os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+                self._clear_metacopy(node, fd)
         finally:
             os.close(fd)
         faults.point("copyup.metacopy-cleared")
@@ -610,7 +612,9 @@ class UnionTree(UnionView):
         self._check_new(parent, name)
         if node.dead and not node.names():
             raise UnionError(errno.ENOENT)
-        await self.copy_up(node, data=False)
+        await self.copy_up(
+            node, data=True
+        )  # a metacopy with two names could not get its data in one step
         sheet = self._check_new(parent, name)
         self._before_moving_file(node, parent)
         faults.point("link.prepared")
@@ -1097,11 +1101,12 @@ class UnionTree(UnionView):
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    async def open(self, node: Node, flags: int, *, keeps_privileges: bool) -> OpenFile:
+    async def open(self, node: Node, flags: int, *, drops: int = 0) -> OpenFile:
         """Open a regular file; all its handles share one descriptor.
 
         Args:
-            keeps_privileges: The caller may truncate without the file losing set-user-id (CAP_FSETID).
+            drops: Mode bits that truncating takes from the file (and with any its capabilities), as it does for a
+                caller without CAP_FSETID.
 
         Raises:
             OSError: EROFS for writing to a read-only stack; ENOSPC, EIO (copy-up) ...
@@ -1117,8 +1122,8 @@ class UnionTree(UnionView):
             self._widen(node, file)
         if truncates:
             os.ftruncate(file.fd, 0)
-            if not keeps_privileges:
-                self._drop_privileges(node, file)
+            if drops:
+                self._drop_privileges(file, drops)
         file.users += 1
         return file
 
@@ -1140,15 +1145,11 @@ class UnionTree(UnionView):
         file.writable = True
 
     @staticmethod
-    def _drop_privileges(node: Node, file: OpenFile) -> None:
-        """What a write by an ordinary user takes from a file: set-user-id, set-group-id, capabilities."""
-        del node
+    def _drop_privileges(file: OpenFile, drops: int) -> None:
+        """What a change by an ordinary user takes from a file: set-user-id, set-group-id, capabilities."""
         mode = stat.S_IMODE(os.fstat(file.fd).st_mode)
-        kept = mode & ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
-            kept &= ~stat.S_ISGID
-        if kept != mode:
-            os.fchmod(file.fd, kept)
+        if mode & drops:
+            os.fchmod(file.fd, mode & ~drops)
         with contextlib.suppress(OSError):
             os.removexattr(file.fd, _CAPABILITY)
 

@@ -2,6 +2,7 @@
 
     UPPER/            what the union shows of it, markers beside
     WORK/work/        staging: objects are made here, complete, and published by one rename; swept at mount
+    WORK/work/times-* times of an indexed file that is being changed in place; restored at mount
     WORK/links/       index of hard-linked copy-ups: <16 hex digits of the inode number shown> is a hard link of
                       the upper file, so that every lower name of one file finds the one copy
 
@@ -28,6 +29,8 @@ from unionfs.markers import Dialect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_NOTE_PREFIX = b"times-"
+_NOTE_FLAGS = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _WHITEOUT_MODE = stat.S_IFCHR
 
@@ -84,6 +87,22 @@ class Upper:
         except BaseException:
             self.discard(name)
             raise
+
+    @contextlib.contextmanager
+    def times_noted(self, ino: int, fd: int) -> Iterator[None]:
+        """Change the indexed file `fd` in place; an error, or the mount after a crash, restores its times."""
+        before = os.fstat(fd)
+        times = before.st_atime_ns, before.st_mtime_ns
+        note = _NOTE_PREFIX + self.index_name(ino)
+        os.close(os.open(note, _NOTE_FLAGS, 0o600, dir_fd=self.work_fd))
+        os.utime(note, ns=times, dir_fd=self.work_fd)
+        try:
+            yield
+        except BaseException:
+            os.utime(fd, ns=times)
+            raise
+        finally:
+            os.unlink(note, dir_fd=self.work_fd)
 
     # --- markers -------------------------------------------------------------------------------------------------
 
@@ -262,6 +281,8 @@ def open_upper(
         work_fd = os.open(b"work", _OPEN_DIR | os.O_NOFOLLOW, dir_fd=work_top)
         links_fd = os.open(b"links", _OPEN_DIR | os.O_NOFOLLOW, dir_fd=work_top)
         for leftover in os.listdir(b"/proc/self/fd/%d" % work_fd):
+            if leftover.startswith(_NOTE_PREFIX):
+                _restore_times(work_fd, leftover, links_fd)
             remove_tree(work_fd, leftover)
         dialect = _probe(work_fd, path, prefer_user_xattrs=prefer_user_xattrs)
         if volatile:
@@ -271,6 +292,18 @@ def open_upper(
         raise SetupError(msg) from error
     layer = DirectoryLayer(os.dup(upper_fd), path, index=-1, dialect=dialect, cache=cache)
     return Upper(layer, work_fd=work_fd, links_fd=links_fd, locks=[work_top, upper_fd])
+
+
+def _restore_times(work_fd: int, note: bytes, links_fd: int) -> None:
+    """Undo what a crash in `Upper.times_noted` left: the note has the times of the indexed file."""
+    st = os.stat(note, dir_fd=work_fd, follow_symlinks=False)
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(
+            note.removeprefix(_NOTE_PREFIX),
+            ns=(st.st_atime_ns, st.st_mtime_ns),
+            dir_fd=links_fd,
+            follow_symlinks=False,
+        )
 
 
 def _open_named(path: bytes, what: str, option: str) -> int:
