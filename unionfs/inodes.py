@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ROOT_INO = 1
 _SPARE_FIRST = 1 << 61
+_NARROW = 1 << 31
 _HASHED = 1 << 62
 _HASH_MASK = _HASHED - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so the multiplication loses nothing
@@ -31,6 +32,13 @@ def derive(layer: Layer, host_ino: int) -> int:
     if layer.salt == 0:
         return host_ino
     return ((host_ino * _GOLDEN + layer.salt) & _HASH_MASK) | _HASHED
+
+
+def narrow(number: int) -> int:
+    """What is shown for `number` where 32 bits are wanted: 31 bits, since the other half is for spare numbers."""
+    if number < _NARROW:
+        return number
+    return (number * _GOLDEN >> 32) & (_NARROW - 1) or _NARROW - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +76,7 @@ class State:
     data: Data | None = None
     indexed: bool = False
     standing: int = 0
+    number: int = 0
     host_ino: int = 0
     file: OpenFile | None = None
     orphan_fd: int = -1
@@ -161,6 +170,13 @@ class Node:
             self.state.lower_name = name
 
     @property
+    def number(self) -> int:
+        """The number that was derived for it, which is kept on disk; `ino` unless that was taken or too wide."""
+        if self.state is not None and self.state.number:
+            return self.state.number
+        return self.ino
+
+    @property
     def host_ino(self) -> int:
         """The host's inode number of its file in the layer that has its metadata."""
         if self.state is not None and self.state.host_ino:
@@ -172,6 +188,12 @@ class Node:
         if number != self.host_ino:
             self.state = self.state or State()
             self.state.host_ino = number
+
+    def show(self, ino: int) -> None:
+        """Show another number than the derived one."""
+        state = self.state or State()
+        state.number, state.host_ino = self.number, self.host_ino
+        self.state, self.ino = state, ino
 
     @property
     def is_directory(self) -> bool:
@@ -281,16 +303,25 @@ class DirNode(Node):
 
 @dataclass(slots=True)
 class NodeTable:
-    """All nodes by number."""
+    """All nodes by the number shown.
 
+    Attributes:
+        narrow: Numbers shown have 32 bits.
+    """
+
+    narrow: bool = False
     nodes: dict[int, Node] = field(default_factory=dict)
-    _spare_next: int = _SPARE_FIRST
+    _spares: int = 0
     _spare: dict[tuple[bool, int, int], Node] = field(default_factory=dict)
 
     def find(self, number: int, layer: Layer, host_ino: int, *, upper: bool) -> Node | None:
         """The live node that is this very file, or None when it has to be made."""
-        node = self.nodes.get(number)
-        if node is not None and self._is_same(node, host_ino, upper=upper):
+        node = self.nodes.get(self.shown(number))
+        if (
+            node is not None
+            and self._is_same(node, host_ino, upper=upper)
+            and (not self.narrow or node.number == number)
+        ):
             return node
         if self._spare:
             return self._spare.get((upper, layer.salt, host_ino))
@@ -305,17 +336,23 @@ class NodeTable:
 
     def add(self, node: Node, layer: Layer, *, upper: bool) -> None:
         """Enter a new node; it gets a spare number when another live file has its own."""
-        if node.ino in self.nodes or (node.ino == ROOT_INO and self.nodes):
-            self._spare_next += 1
-            host_ino, node.ino = node.host_ino, self._spare_next
-            node.host_ino = host_ino
-            self._spare[(upper, layer.salt, host_ino)] = node
-        self.nodes[node.ino] = node
+        ino = self.shown(node.ino)
+        if ino in self.nodes or (ino == ROOT_INO and self.nodes):
+            self._spares += 1
+            ino = (_NARROW if self.narrow else _SPARE_FIRST) + self._spares
+            self._spare[(upper, layer.salt, node.host_ino)] = node
+        if ino != node.ino:
+            node.show(ino)
+        self.nodes[ino] = node
+
+    def shown(self, number: int) -> int:
+        """The number that users see for a derived one, unless it is taken."""
+        return narrow(number) if self.narrow else number
 
     def remove(self, node: Node) -> None:
         """The kernel has forgotten the node."""
         del self.nodes[node.ino]
-        if _SPARE_FIRST < node.ino <= self._spare_next:
+        if self._spare and node.number != node.ino:
             for key, value in list(self._spare.items()):
                 if value is node:
                     del self._spare[key]

@@ -25,7 +25,7 @@ from unionfs.resolve import ABSENT, DIRECTORY, FILE, METACOPY, OPAQUE, WHITEOUT,
 
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIR_PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +333,7 @@ class DirectorySheet:
         try:
             self.lstat(name)
         except OSError as error:
-            if error.errno in _GONE or error.errno == errno.ENAMETOOLONG:
+            if error.errno in _GONE:
                 return False
             raise
         return True

@@ -22,6 +22,7 @@ FUSE_OVERLAYFS_OPAQUE = "user.fuseoverlayfs.opaque"
 TRUSTED_PREFIX = b"trusted.overlay."
 USER_PREFIX = b"user.overlay."
 WHITEOUT_DEVICE = 0  # makedev(0, 0)
+_PREFIXES = (TRUSTED_PREFIX, USER_PREFIX, FUSE_OVERLAYFS_PREFIX)
 _ESCAPE = b"overlay."
 
 _ORIGIN = struct.Struct("<QII")  # inode number shown, version, flags
@@ -183,19 +184,17 @@ def parse_redirect(value: bytes) -> tuple[bool, list[bytes]] | None:
 
 def is_private_xattr(name: bytes) -> bool:
     """Whether an attribute on disk is a marker, never shown to the mount's users."""
-    for prefix in (TRUSTED_PREFIX, USER_PREFIX):
+    for prefix in _PREFIXES:
         if name.startswith(prefix):
             return not name.startswith(prefix + _ESCAPE)
-    return name.startswith(FUSE_OVERLAYFS_PREFIX)
+    return False
 
 
 def to_disk_xattr(name: bytes) -> bytes:
     """The name under which a user's attribute is kept: its own, or escaped when it would read as a marker."""
-    for prefix in (TRUSTED_PREFIX, USER_PREFIX):
+    for prefix in _PREFIXES:
         if name.startswith(prefix):
             return prefix + _ESCAPE + name[len(prefix) :]
-    if name.startswith(FUSE_OVERLAYFS_PREFIX):
-        return USER_PREFIX + _ESCAPE + b"fuseoverlayfs." + name[len(FUSE_OVERLAYFS_PREFIX) :]
     return name
 
 
@@ -203,10 +202,7 @@ def from_disk_xattr(name: bytes) -> bytes | None:
     """The name that users see for an attribute on disk; None for a marker."""
     if is_private_xattr(name):
         return None
-    fuse = USER_PREFIX + _ESCAPE + b"fuseoverlayfs."
-    if name.startswith(fuse):
-        return FUSE_OVERLAYFS_PREFIX + name[len(fuse) :]
-    for prefix in (TRUSTED_PREFIX, USER_PREFIX):
+    for prefix in _PREFIXES:
         if name.startswith(prefix + _ESCAPE):
             return prefix + name[len(prefix) + len(_ESCAPE) :]
     return name

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
-from unionfs import acl, faults, syscalls
+from unionfs import acl, faults, handshake, syscalls
 from unionfs.inodes import Node
 from unionfs.tree import Caller, Changes
 
@@ -55,12 +55,14 @@ class Replies:
         keep_cache: File contents stay true from one open to the next.
         fsync: fsync requests are wanted at all.
         xattrs: Extended attributes are shown and stored.
+        max_write_bytes: The largest write request; None for the default.
     """
 
     timeout_s: float = FOREVER_S
     keep_cache: bool = True
     fsync: bool = True
     xattrs: bool = True
+    max_write_bytes: int | None = None
 
 
 P = ParamSpec("P")
@@ -91,6 +93,11 @@ def request(
 
     guarded.__doc__ = handler.__doc__
     return guarded
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that an answer came too late: the kernel withdraws requests when it unmounts (ENOENT)."""
+    return "fuse_reply_* failed" not in record.msg or record.args != (os.strerror(errno.ENOENT),)
 
 
 _REPORTED = frozenset({errno.EIO, errno.EMFILE, errno.ENFILE, errno.EBADF})
@@ -225,6 +232,7 @@ class UnionOperations(pyfuse3.Operations):
         self.enable_acl = use_acl
         self.requests: Counter[str] = Counter()
         self._on_init = on_init
+        logging.getLogger("pyfuse3").addFilter(_is_news)
         self._listings: dict[int, Listing] = {}
         self._files: dict[int, Node] = {}
         self._next_handle = 0
@@ -232,13 +240,16 @@ class UnionOperations(pyfuse3.Operations):
         self._plain = PlainEntries(tree, owners, replies.timeout_s)
 
     def init(self) -> None:
-        """The kernel has opened the conversation."""
+        """The kernel has opened the conversation; the answer goes out when this has returned."""
+        device_fd = handshake.device_fd()
+        if device_fd >= 0:
+            handshake.Handshake(device_fd, max_write_bytes=self.replies.max_write_bytes)
         self._on_init()
 
     # --- replies -------------------------------------------------------------------------------------------------
 
     def _caller(self, ctx: RequestContext) -> Caller:
-        return self.owners.caller(ctx.uid, ctx.gid)
+        return self.owners.caller(ctx.uid, ctx.gid, ctx.umask)
 
     def _entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """The attributes of a node as the kernel wants them."""
@@ -409,14 +420,14 @@ class UnionOperations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Value of an attribute."""
         del ctx
-        self._check_xattrs()
+        self._check_xattrs(name)
         value = self.tree.getxattr(self.tree.node(inode), name)
         return acl.translate(value, self.owners.shown_acl_id) if acl.is_acl(name) else value
 
     @request
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an attribute."""
-        self._check_xattrs()
+        self._check_xattrs(name)
         tree, node = self.tree, self.tree.node(inode)
         if acl.is_acl(name):
             value = acl.translate(value, self.owners.disk_acl_id)
@@ -437,6 +448,8 @@ class UnionOperations(pyfuse3.Operations):
         """Names of the attributes; `trusted.` ones for root alone (xattr(7))."""
         self._check_xattrs()
         names = self.tree.listxattr(self.tree.node(inode))
+        if not self.enable_acl:
+            names = [name for name in names if not acl.is_acl(name)]
         if ctx.uid != 0:
             return [name for name in names if not name.startswith(_TRUSTED)]
         return names
@@ -445,7 +458,7 @@ class UnionOperations(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an attribute."""
         del ctx
-        self._check_xattrs()
+        self._check_xattrs(name)
         try:
             await self.tree.removexattr(self.tree.node(inode), name)
         except OSError as error:
@@ -453,9 +466,11 @@ class UnionOperations(pyfuse3.Operations):
             if error.errno != errno.ENODATA or not acl.is_acl(name):
                 raise
 
-    def _check_xattrs(self) -> None:
+    def _check_xattrs(self, name: bytes = b"") -> None:
         if not self.replies.xattrs:
             raise FUSEError(errno.ENOSYS)  # the kernel stops asking and answers EOPNOTSUPP itself
+        if not self.enable_acl and acl.is_acl(name):
+            raise FUSEError(errno.EOPNOTSUPP)
 
     @request
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -643,7 +658,14 @@ class Session:
 
     async def serve(self) -> None:
         """Answer requests until the file system is unmounted, or `stop` is called."""
-        await pyfuse3.main()
+        try:
+            await pyfuse3.main()
+        except* OSError as errors:
+            # An aborted connection (umount -f, /sys/fs/fuse/connections) is an end like any other.
+            ended, others = errors.split(lambda error: getattr(error, "errno", 0) == errno.ECONNABORTED)
+            if others is not None:
+                raise others from None
+            log.info("the connection was aborted: %s", ended)
 
     def stop(self) -> None:
         """Let `serve` return."""

@@ -781,9 +781,8 @@ Owners:
     squash_to_root              show root as every owner and group
     squash_to_uid=UID           show one owner for everything
     squash_to_gid=GID           show one group for everything
-    xattr_permissions=0|1|2     keep owner and mode in the inode (0), in the attribute
-                                security.fuseoverlayfs.override_stat (1) or
-                                user.containers.override_stat (2)
+    xattr_permissions=0         owner and mode are kept in the inode; 1 and 2, which would keep them
+                                in attributes, are refused
 
 Behaviour:
     volatile                    sync nothing: fast, and lost in a crash

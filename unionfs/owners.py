@@ -26,7 +26,7 @@ class Owners:
         self._squash_gid = root if options.squash_to_gid is None else options.squash_to_gid
         mapped = self._uids is not None or self._gids is not None
         self.plain = not mapped and self._squash_uid is None and self._squash_gid is None
-        self._callers: dict[tuple[int, int], Caller] = {}
+        self._callers: dict[tuple[int, int, int], Caller] = {}
         self.shown_acl_id: Callable[[int, bool], int] | None = self._shown_id if mapped else None
         self.disk_acl_id: Callable[[int, bool], int] | None = self._disk_id if mapped else None
 
@@ -54,12 +54,12 @@ class Owners:
         """The group to store; raises as `disk_uid`."""
         return gid if self._gids is None else _stored(self._gids, gid)
 
-    def caller(self, uid: int, gid: int) -> Caller:
+    def caller(self, uid: int, gid: int, umask: int) -> Caller:
         """On whose behalf new objects are made."""
-        key = uid, gid
+        key = uid, gid, umask
         known = self._callers.get(key)
         if known is None:
-            known = self._callers[key] = Caller(self.disk_uid(uid), self.disk_gid(gid))
+            known = self._callers[key] = Caller(self.disk_uid(uid), self.disk_gid(gid), umask)
         return known
 
     def _shown_id(self, number: int, is_group: bool) -> int:  # noqa: FBT001 - a callback's signature

@@ -79,6 +79,12 @@ def build_tree(options: MountOptions, cache: FdCache) -> UnionTree:
     """
     _check_mountpoint(options.mountpoint)
     _check_distinct(options)
+    if options.xattr_permissions:
+        msg = (
+            f"xattr_permissions={options.xattr_permissions}: owners and modes are kept in the files themselves here, "
+            "and attributes would be ignored; leave it out"
+        )
+        raise SetupError(msg)
     upper: Upper | None = None
     if options.upper is not None and not options.read_only:
         upper = open_upper(
@@ -110,6 +116,7 @@ def build_tree(options: MountOptions, cache: FdCache) -> UnionTree:
         fsync=options.fsync and not options.volatile,
         caching=options.timeout_s is None,
         static_nlink=options.static_nlink,
+        ino32=options.ino32,
         read_only=options.read_only,
     )
     return UnionTree([*lowers], upper, tree_options)
@@ -181,6 +188,7 @@ def _serve_tree(
         keep_cache=options.timeout_s is None,
         fsync=options.fsync and not options.volatile,
         xattrs=options.xattrs,
+        max_write_bytes=options.max_write,
     )
     operations = UnionOperations(
         tree, cache, Owners(options), replies, on_init=started.set, use_acl=options.acl

@@ -21,13 +21,14 @@ import trio
 from unionfs import copyup, faults, markers, syscalls
 from unionfs.errors import ReadOnlyStackError, StaleNodeError, UnionError
 from unionfs.inodes import Data, DirNode, Node, OpenFile, derive
+from unionfs.layer import DirectorySheet
 from unionfs.resolve import Verdict
 from unionfs.view import NAME_MAX, TreeOptions, UnionView, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from unionfs.layer import DirectorySheet, Layer, Sheet
+    from unionfs.layer import Layer, Sheet
     from unionfs.upper import Upper
 
 _INLINE_COPY_BYTES = 1 << 20
@@ -44,6 +45,7 @@ class Caller:
 
     uid: int
     gid: int
+    umask: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +75,22 @@ class UnionTree(UnionView):
 
     @contextlib.contextmanager
     def _acting_for(self, caller: Caller) -> Iterator[None]:
-        """Let new objects belong to `caller`.
+        """Let new objects belong to `caller`, and its umask apply to them (unless a default ACL does).
 
         Only the ids for new objects change: the process keeps its privileges (SECBIT_NO_SETUID_FIXUP).
         """
-        if caller == self._self:
-            yield
-            return
-        syscalls.setfsgid(caller.gid)
-        syscalls.setfsuid(caller.uid)
+        own = caller.uid == self._self.uid and caller.gid == self._self.gid
+        if not own:
+            syscalls.setfsgid(caller.gid)
+            syscalls.setfsuid(caller.uid)
+        os.umask(caller.umask)
         try:
             yield
         finally:
-            syscalls.setfsuid(self._self.uid)
-            syscalls.setfsgid(self._self.gid)
+            os.umask(0)
+            if not own:
+                syscalls.setfsuid(self._self.uid)
+                syscalls.setfsgid(self._self.gid)
 
     def _writable(self) -> Upper:
         if self.upper is None or self.options.read_only:
@@ -149,6 +153,20 @@ class UnionTree(UnionView):
         faults.point("copyup.published")
         node.upper_sheet = parent.upper_sheet.child(node.name)
 
+    def _copy_up_removed(self, node: DirNode) -> None:
+        """Give a removed directory that is still in use an upper directory without a name."""
+        upper = self._writable()
+        if node.upper_sheet is not None:
+            return
+        lower = node.sheets[0]
+        with upper.staged() as staged:
+            copyup.make_special(lower.stat_self(), None, upper.work_fd, staged)
+            self._finish_staged(lower.stat_self(), lower.xattr_path(None), staged)
+            fd = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.work_fd)
+            os.rmdir(staged, dir_fd=upper.work_fd)
+        node.upper_sheet = DirectorySheet(upper.layer, None, b"")
+        node.upper_sheet.adopt_fd(fd)
+
     def _finish_staged(self, st: os.stat_result, source: bytes, staged: bytes) -> None:
         upper = self._writable()
         copyup.copy_metadata(
@@ -179,7 +197,10 @@ class UnionTree(UnionView):
         while node.copying is not None:
             await node.copying.wait()
         if isinstance(node, DirNode):
-            self.ensure_upper(node)
+            if node.dead:
+                self._copy_up_removed(node)
+            else:
+                self.ensure_upper(node)
             return
         if node.upper:
             if data and node.data is not None:
@@ -222,7 +243,7 @@ class UnionTree(UnionView):
             copyup.make_special(st, target, upper.work_fd, staged)
         self._finish_staged(st, source, staged)
         path = upper.staged_path(staged)
-        upper.write_origin(path, node.ino)
+        upper.write_origin(path, node.number)
         if metacopy:
             os.setxattr(path, upper.dialect.name("metacopy"), b"")
             if node.lower_name != node.name or st.st_nlink > 1:
@@ -277,12 +298,12 @@ class UnionTree(UnionView):
             node.orphan_fd = open_path(staged, upper.work_fd)
             os.unlink(staged, dir_fd=upper.work_fd)
         else:
-            links = lower.lstat(node.lower_name).st_nlink
-            if links > 1:
-                self._index(node, staged, links)
-            for place, (parent, name) in enumerate(node.names()):
-                assert parent.upper_sheet is not None  # ensured before staging
-                self._publish_name(node, parent, name, staged, last=place == len(node.names()) - 1)
+            try:
+                self._publish_names(node, staged, lower.lstat(node.lower_name).st_nlink)
+            except OSError:
+                if not node.indexed or self._take_back(node, staged):
+                    raise
+                upper.discard(staged)  # names that could not be entered are found through the index
         faults.point("copyup.published")
         node.sheet, node.host_ino = None, st.st_ino
         node.data = data
@@ -294,6 +315,24 @@ class UnionTree(UnionView):
         if node.data is not None:
             return Data(node.data.sheet, node.data.name, below)
         return Data(lower, node.lower_name, below)
+
+    def _publish_names(self, node: Node, staged: bytes, links: int) -> None:
+        if links > 1:
+            self._index(node, staged, links)
+        for place, (parent, name) in enumerate(node.names()):
+            self._publish_name(node, parent, name, staged, last=place == len(node.names()) - 1)
+
+    def _take_back(self, node: Node, staged: bytes) -> bool:
+        """Take a copy out of the index again; False when it was published under a name already."""
+        upper = self._writable()
+        try:
+            published = os.stat(staged, dir_fd=upper.work_fd, follow_symlinks=False).st_nlink > 2
+        except FileNotFoundError:
+            published = True  # the last name is the staged one, renamed
+        if not published:
+            upper.drop_index(upper.index_name(node.ino))
+            node.indexed, node.standing = False, 0
+        return not published
 
     def _publish_name(
         self, node: Node, parent: DirNode, name: bytes, staged: bytes, *, last: bool
@@ -309,14 +348,14 @@ class UnionTree(UnionView):
                 os.link(staged, name, src_dir_fd=upper.work_fd, dst_dir_fd=sheet.fd())
         if node.indexed:
             node.standing -= 1
-            upper.write_standing(upper.index_name(node.ino), node.standing)
+            upper.write_standing(upper.index_name(node.number), node.standing)
 
     def _index(self, node: Node, staged: bytes, links: int) -> None:
         """Enter the copy of a hard-linked file in the index, so that its other names find it."""
         upper = self._writable()
         if not upper.dialect.xattrs:
             return
-        name = upper.index_name(node.ino)
+        name = upper.index_name(node.number)
         path = upper.staged_path(staged)
         with contextlib.suppress(PermissionError):
             value = markers.pack_nlink(links)
@@ -328,13 +367,14 @@ class UnionTree(UnionView):
             dst_dir_fd=upper.links_fd,
             follow_symlinks=False,
         )
-        faults.point("copyup.indexed")
         upper.indexed.add(name)
         node.indexed, node.standing = True, links
+        faults.point("copyup.indexed")
 
     async def _fill_metacopy(self, node: Node, size_bytes: int | None) -> None:
         """Give a metadata-only copy its data."""
-        if node.parent is not None and self._stat_by_name(node).st_nlink == 1:
+        alone = node.parent is not None and not node.indexed
+        if alone and self._stat_by_name(node).st_nlink == 1:
             with self._writable().staged() as staged:
                 await self._replace_metacopy(node, staged, size_bytes)
         else:
@@ -351,7 +391,7 @@ class UnionTree(UnionView):
             os.close(fd)
         source, follow = self.xattr_path(node)
         self._finish_staged(self._stat_by_name(node), source + (b"/." if follow else b""), staged)
-        upper.write_origin(upper.staged_path(staged), node.ino)
+        upper.write_origin(upper.staged_path(staged), node.number)
         faults.point("copyup.staged")
         if node.parent is None:  # it was removed while the data was copied
             os.close(node.orphan_fd)
@@ -375,7 +415,7 @@ class UnionTree(UnionView):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
         try:
             before = os.fstat(fd)
-            with upper.times_noted(node.ino, fd):
+            with upper.times_noted(node.number, fd):
                 await self._copy_contents(node, fd, before, size_bytes)
                 faults.point("copyup.data-in-place")
                 os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -405,7 +445,7 @@ class UnionTree(UnionView):
     async def _in_upper_at(self, node: Node, parent: DirNode, name: bytes) -> None:
         """Make sure that the upper layer has the node under this very name, metadata at least."""
         await self.copy_up(node, data=False)
-        if not node.indexed or parent.upper_sheet is None:
+        if not node.indexed:
             return
         upper = self._writable()
         sheet = self.ensure_upper(parent)
@@ -415,14 +455,14 @@ class UnionTree(UnionView):
         parent.impure = True
         with self._times_kept(parent):
             os.link(
-                upper.index_name(node.ino),
+                upper.index_name(node.number),
                 name,
                 src_dir_fd=upper.links_fd,
                 dst_dir_fd=sheet.fd(),
                 follow_symlinks=False,
             )
         node.standing -= 1
-        upper.write_standing(upper.index_name(node.ino), node.standing)
+        upper.write_standing(upper.index_name(node.number), node.standing)
 
     # --- making entries ------------------------------------------------------------------------------------------
 
@@ -728,10 +768,10 @@ class UnionTree(UnionView):
         if node.indexed:
             if not stood_in_upper:
                 node.standing -= 1
-                upper.write_standing(upper.index_name(node.ino), node.standing)
+                upper.write_standing(upper.index_name(node.number), node.standing)
             host_links = os.fstat(node.orphan_fd).st_nlink if node.orphan_fd >= 0 else 2
             if host_links - 1 + node.standing <= 0:
-                upper.drop_index(upper.index_name(node.ino))
+                upper.drop_index(upper.index_name(node.number))
                 node.indexed = False
                 node.dead = True
             elif node.orphan_fd >= 0:

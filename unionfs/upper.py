@@ -262,36 +262,45 @@ def open_upper(
     Raises:
         SetupError: Missing, busy, on two file systems, or on one that cannot hold an upper layer.
     """
-    upper_fd = _open_named(path, "upper directory", "upperdir=")
-    work_top = _open_named(work, "work directory", "workdir=")
-    if os.fstat(upper_fd).st_dev != os.fstat(work_top).st_dev:
-        msg = (
-            f"upper directory {os.fsdecode(path)} and work directory {os.fsdecode(work)} are on different file "
-            "systems: put workdir= beside upperdir="
-        )
-        raise SetupError(msg)
-    _refuse_overlap(path, work)
-    _lock(work_top, work, "work directory")
-    _lock(upper_fd, path, "upper directory")
-    _volatile_gate(work_top, work)
-    try:
-        for sub in (b"work", b"links"):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(sub, 0o700, dir_fd=work_top)
-        work_fd = os.open(b"work", _OPEN_DIR | os.O_NOFOLLOW, dir_fd=work_top)
-        links_fd = os.open(b"links", _OPEN_DIR | os.O_NOFOLLOW, dir_fd=work_top)
-        for leftover in os.listdir(b"/proc/self/fd/%d" % work_fd):
-            if leftover.startswith(_NOTE_PREFIX):
-                _restore_times(work_fd, leftover, links_fd)
-            remove_tree(work_fd, leftover)
-        dialect = _probe(work_fd, path, prefer_user_xattrs=prefer_user_xattrs)
-        if volatile:
-            os.makedirs(b"/proc/self/fd/%d/incompat/volatile" % work_fd, exist_ok=True)
-    except OSError as error:
-        msg = f"upper directory {os.fsdecode(path)} cannot be written: {error.strerror}"
-        raise SetupError(msg) from error
-    layer = DirectoryLayer(os.dup(upper_fd), path, index=-1, dialect=dialect, cache=cache)
-    return Upper(layer, work_fd=work_fd, links_fd=links_fd, locks=[work_top, upper_fd])
+    with contextlib.ExitStack() as opened:
+        upper_fd = _owned(opened, _open_named(path, "upper directory", "upperdir="))
+        work_top = _owned(opened, _open_named(work, "work directory", "workdir="))
+        if os.fstat(upper_fd).st_dev != os.fstat(work_top).st_dev:
+            msg = (
+                f"upper directory {os.fsdecode(path)} and work directory {os.fsdecode(work)} are on different file "
+                "systems: put workdir= beside upperdir="
+            )
+            raise SetupError(msg)
+        _refuse_overlap(path, work)
+        _lock(work_top, work, "work directory")
+        _lock(upper_fd, path, "upper directory")
+        _volatile_gate(work_top, work)
+        try:
+            for sub in (b"work", b"links"):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(sub, 0o700, dir_fd=work_top)
+            sub_flags = _OPEN_DIR | os.O_NOFOLLOW
+            work_fd = _owned(opened, os.open(b"work", sub_flags, dir_fd=work_top))
+            links_fd = _owned(opened, os.open(b"links", sub_flags, dir_fd=work_top))
+            for leftover in os.listdir(b"/proc/self/fd/%d" % work_fd):
+                if leftover.startswith(_NOTE_PREFIX):
+                    _restore_times(work_fd, leftover, links_fd)
+                remove_tree(work_fd, leftover)
+            dialect = _probe(work_fd, path, prefer_user_xattrs=prefer_user_xattrs)
+            if volatile:
+                os.makedirs(b"/proc/self/fd/%d/incompat/volatile" % work_fd, exist_ok=True)
+        except OSError as error:
+            msg = f"upper directory {os.fsdecode(path)} cannot be written: {error.strerror}"
+            raise SetupError(msg) from error
+        layer = DirectoryLayer(os.dup(upper_fd), path, index=-1, dialect=dialect, cache=cache)
+        opened.pop_all()
+        return Upper(layer, work_fd=work_fd, links_fd=links_fd, locks=[work_top, upper_fd])
+
+
+def _owned(opened: contextlib.ExitStack, fd: int) -> int:
+    """Close `fd` (and so release its lock) unless the upper takes it over."""
+    opened.callback(os.close, fd)
+    return fd
 
 
 def _restore_times(work_fd: int, note: bytes, links_fd: int) -> None:

@@ -43,6 +43,7 @@ class TreeOptions:
         fsync: Make copied-up data durable before it is published.
         caching: The layers change only through this mount, so what was listed once stays true.
         static_nlink: Report 1 as every directory's link count.
+        ino32: Show inode numbers of 32 bits.
         read_only: Refuse changes although there is an upper layer.
     """
 
@@ -51,6 +52,7 @@ class TreeOptions:
     fsync: bool = True
     caching: bool = True
     static_nlink: bool = False
+    ino32: bool = False
     read_only: bool = False
 
 
@@ -86,7 +88,7 @@ class UnionView:
         self.lowers = lowers
         self.upper = upper
         self.options = options
-        self.table = NodeTable()
+        self.table = NodeTable(narrow=options.ino32)
         self.root = DirNode(ROOT_INO, None, b"")
         self.root.lookups = 1
         self._stack_root()
@@ -108,7 +110,7 @@ class UnionView:
             closed = hit_opaque
         top: Layer = root.sheets[0].layer if root.sheets else self._upper().layer
         root.host_ino = top.root.stat_self().st_ino
-        self.root_number = derive(top, root.host_ino)
+        self.root_number = self.table.shown(derive(top, root.host_ino))
         self.table.add(root, top, upper=not root.sheets)
 
     def close(self) -> None:
@@ -217,7 +219,12 @@ class UnionView:
     def _look_on_disk(
         self, parent: DirNode, name: bytes, entry: Node | int | None
     ) -> tuple[Node, os.stat_result] | None:
-        if isinstance(entry, int) and entry >= -1 and not parent.sheet_at(entry).impure:
+        if (
+            self.options.caching
+            and isinstance(entry, int)
+            and entry >= -1
+            and not parent.sheet_at(entry).impure
+        ):
             quick = self._adopt_plain(parent, name, entry)
             if quick is not None:
                 return quick
@@ -247,7 +254,7 @@ class UnionView:
         ino = st.st_ino if layer.salt == 0 else derive(layer, st.st_ino)
         node = Node(ino, kind, parent, name, None if place < 0 else sheet)
         nodes = self.table.nodes
-        if ino in nodes or layer.salt != 0:
+        if ino in nodes or layer.salt != 0 or self.table.narrow:
             known = self.table.find(ino, layer, st.st_ino, upper=place < 0)
             if known is not None:
                 known.add_name(parent, name)
@@ -396,6 +403,8 @@ class UnionView:
                     layer = upper.layer
         node = self.table.find(number, layer, st.st_ino, upper=in_upper)
         if node is not None and not node.is_directory:
+            if not self.options.caching:
+                self._rebind(node, parent, name, found, in_upper=in_upper)
             return node, st
         node = Node(number, stat.S_IFMT(st.st_mode), parent, name, None)
         node.indexed, node.host_ino = indexed, st.st_ino
@@ -407,6 +416,16 @@ class UnionView:
             node.standing = upper.read_standing(upper.index_name(number))
         self.table.add(node, layer, upper=in_upper)
         return node, st
+
+    @staticmethod
+    def _rebind(node: Node, parent: DirNode, name: bytes, found: Found, *, in_upper: bool) -> None:
+        """Where layers change under the mount, a new file may have got the host number of one that went."""
+        node.kind = stat.S_IFMT(found.st.st_mode)
+        if in_upper:
+            others = {known for known in node.names() if known != (parent, name)}
+            node.parent, node.name, node.others = parent, name, others or None
+        else:
+            node.sheet, node.lower_name = found.sheet, found.name
 
     def _origin_of(
         self, parent: DirNode, name: bytes, st: os.stat_result, number: int
@@ -494,7 +513,7 @@ class UnionView:
         if node.upper:
             if node.indexed:
                 upper = self._upper()
-                return None, upper.links_fd, upper.index_name(node.ino)
+                return None, upper.links_fd, upper.index_name(node.number)
             if node.parent is None or node.parent.upper_sheet is None:
                 raise StaleNodeError(node.ino)
             sheet = node.parent.upper_sheet
