@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from unionfs.handshake import DONT_MASK, complete
+from unionfs.handshake import CACHE_SYMLINKS, DONT_MASK, PARALLEL_DIROPS, complete
 
 HEADER, INIT_OUT = struct.Struct("=IiQ"), struct.Struct("=IIIIHHI")
 
@@ -19,7 +19,9 @@ def answer(*, flags: int, max_write: int) -> bytes:
 @pytest.mark.parametrize(("asked", "seen"), [(None, 1 << 20), (4096, 4096), (1 << 30, 1 << 20)])
 def test_flag_and_limit_are_set_and_the_rest_stays(asked, seen):
     given = answer(flags=0x4000_0000, max_write=1 << 20)
-    assert complete(given, asked) == answer(flags=0x4000_0000 | DONT_MASK, max_write=seen)
+    assert complete(given, asked) == answer(
+        flags=0x4000_0000 | DONT_MASK | PARALLEL_DIROPS | CACHE_SYMLINKS, max_write=seen
+    )
 
 
 def test_an_error_is_passed_on():

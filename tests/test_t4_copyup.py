@@ -178,15 +178,18 @@ COPIES_UP: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("way", COPIES_UP)
-def test_copy_up_changes_no_time_of_a_directory(stack: Stacks, way: str) -> None:
+def test_copy_up_changes_no_time_of_a_directory(stack: Stacks) -> None:
     old = Node(mtime_ns=1_000_000_000_000_000_001)
-    s = stack([{"a": old, "a/b": old, "a/b/f": "text"}, {"a/other": "text"}])
-    COPIES_UP[way](s.merged / "a/b/f")
-    assert (s.upper / "a/b/f").exists()
+    tree: Tree = dict.fromkeys(COPIES_UP, old) | {f"{way}/b": old for way in COPIES_UP}
+    files: Tree = {f"{way}/b/f": "text" for way in COPIES_UP}
+    s = stack([{**tree, **files}, {f"{way}/other": "text" for way in COPIES_UP}])
+    for way, copy_up in COPIES_UP.items():
+        copy_up(s.merged / way / "b/f")
+        assert (s.upper / way / "b/f").exists()
     for _ in range(2):
-        for directory in ("a", "a/b"):
-            assert (s.merged / directory).stat().st_mtime_ns == old.mtime_ns, directory
+        for way in COPIES_UP:
+            for directory in (s.merged / way, s.merged / way / "b"):
+                assert directory.stat().st_mtime_ns == old.mtime_ns, directory
         s.remount()
 
 
@@ -267,17 +270,20 @@ LINKED: Tree = {"a": "text", "b": HardLink("a"), "d/c": HardLink("a"), "other": 
 NAMES = ("a", "b", "d/c")
 
 
-@pytest.mark.parametrize("way", COPIES_UP)
-def test_hard_links_stay_one_file(stack: Stacks, way: str) -> None:
-    s = stack(LINKED)
-    before = (s.merged / "a").stat().st_ino
-    COPIES_UP[way](s.merged / "b")
+def test_hard_links_stay_one_file(stack: Stacks) -> None:
+    s = stack(
+        {f"{way}/a": "text" for way in COPIES_UP}
+        | {f"{way}/b": HardLink(f"{way}/a") for way in COPIES_UP}
+        | {f"{way}/d/c": HardLink(f"{way}/a") for way in COPIES_UP}
+    )
+    before = {way: (s.merged / way / "a").stat().st_ino for way in COPIES_UP}
+    for way, copy_up in COPIES_UP.items():
+        copy_up(s.merged / way / "b")
     for _ in range(2):
-        found = {name: (s.merged / name).stat() for name in NAMES}
-        assert {st.st_ino for st in found.values()} == {before}
-        assert {st.st_nlink for st in found.values()} == {3}
-        assert {st.st_size for st in found.values()} == {found["b"].st_size}
-        assert {st.st_mode for st in found.values()} == {found["b"].st_mode}
+        for way in COPIES_UP:
+            found = [(s.merged / way / name).stat() for name in NAMES]
+            assert {(way, st.st_ino, st.st_nlink) for st in found} == {(way, before[way], 3)}
+            assert len({(st.st_size, st.st_mode, st.st_uid, st.st_mtime_ns) for st in found}) == 1
         s.remount()
 
 
@@ -445,25 +451,26 @@ def ignore(_: object) -> None:
     return None
 
 
-@pytest.mark.parametrize("where", WRITES)
 @pytest.mark.parametrize("remounted", [False, True], ids=["same-mount", "after-remount"])
-def test_metadata_copy_written_to_has_all_data(stack: Stacks, where: str, remounted: bool) -> None:
-    write, want = WRITES[where]
-    s = stack({"f": DATA})
-    (s.merged / "f").chmod(0o600)
-    ino = (s.merged / "f").stat().st_ino
+def test_metadata_copy_written_to_has_all_data(stack: Stacks, remounted: bool) -> None:
+    s = stack(dict.fromkeys(WRITES, DATA))
+    for name in WRITES:
+        (s.merged / name).chmod(0o600)
+    numbers = {name: (s.merged / name).stat().st_ino for name in WRITES}
     if remounted:
         s.remount()
-    fd = os.open(s.merged / "f", os.O_RDWR)
-    write(fd)
-    os.close(fd)
-    assert (s.merged / "f").read_bytes() == want
-    assert (s.upper / "f").read_bytes() == want
+    for name, (write, want) in WRITES.items():
+        fd = os.open(s.merged / name, os.O_RDWR)
+        write(fd)
+        os.close(fd)
+        assert (s.merged / name).read_bytes() == want, name
+        assert (s.upper / name).read_bytes() == want, name
+        assert "trusted.overlay.metacopy" not in os.listxattr(s.upper / name)
     s.remount()
-    assert (s.merged / "f").read_bytes() == want
-    assert stat.S_IMODE((s.merged / "f").stat().st_mode) == 0o600
-    assert (s.merged / "f").stat().st_ino == ino
-    assert "trusted.overlay.metacopy" not in os.listxattr(s.upper / "f")
+    for name, (_, want) in WRITES.items():
+        assert (s.merged / name).read_bytes() == want, name
+        found = (s.merged / name).stat()
+        assert (name, stat.S_IMODE(found.st_mode), found.st_ino) == (name, 0o600, numbers[name])
 
 
 def test_metadata_copy_of_a_renamed_file_finds_its_data(stack: Stacks) -> None:
@@ -497,42 +504,49 @@ def test_metadata_copy_of_a_hard_linked_file_gets_data_for_all_names(stack: Stac
 # --- truncation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new", [b"", b"short", b"L" * 70_000], ids=["empty", "shorter", "longer"])
-@pytest.mark.parametrize("metacopy_first", [False, True], ids=["lower", "metacopy"])
+OLD_DATA = b"old" * 20_000
+FROM = pytest.mark.parametrize("metacopy_first", [False, True], ids=["lower", "metacopy"])
+
+
+@FROM
 def test_file_overwritten_with_o_trunc_holds_no_old_byte(
-    stack: Stacks, new: bytes, metacopy_first: bool
+    stack: Stacks, metacopy_first: bool
 ) -> None:
-    s = stack({"f": b"old" * 20_000})
-    if metacopy_first:
-        (s.merged / "f").chmod(0o600)
-    (s.merged / "f").read_bytes()
-    with (s.merged / "f").open("wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-        assert (s.upper / "f").read_bytes() == new
-    assert (s.merged / "f").read_bytes() == new
+    written = {"empty": b"", "shorter": b"short", "longer": b"L" * 70_000}
+    s = stack(dict.fromkeys(written, OLD_DATA))
+    for name, new in written.items():
+        if metacopy_first:
+            (s.merged / name).chmod(0o600)
+        (s.merged / name).read_bytes()
+        with (s.merged / name).open("wb") as file:
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+            assert (s.upper / name).read_bytes() == new
+        assert (s.merged / name).read_bytes() == new
     s.remount()
-    assert (s.merged / "f").read_bytes() == new
-    assert (s.upper / "f").read_bytes() == new
+    for name, new in written.items():
+        assert (s.merged / name).read_bytes() == new
+        assert (s.upper / name).read_bytes() == new
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 59_999, 60_000, 60_001, 200_000])
-@pytest.mark.parametrize("metacopy_first", [False, True], ids=["lower", "metacopy"])
+@FROM
 def test_truncated_file_has_the_data_up_to_there_and_zeros_behind(
-    stack: Stacks, size: int, metacopy_first: bool
+    stack: Stacks, metacopy_first: bool
 ) -> None:
-    data = b"old" * 20_000
-    want = data[:size].ljust(size, b"\0")
-    s = stack({"f": data})
-    if metacopy_first:
-        (s.merged / "f").chmod(0o600)
-    (s.merged / "f").read_bytes()
-    os.truncate(s.merged / "f", size)
-    assert (s.merged / "f").read_bytes() == want
+    sizes = (0, 1, 4096, 59_999, 60_000, 60_001, 200_000)
+    want = {f"to {size}": OLD_DATA[:size].ljust(size, b"\0") for size in sizes}
+    s = stack(dict.fromkeys(want, OLD_DATA))
+    for name, data in want.items():
+        if metacopy_first:
+            (s.merged / name).chmod(0o600)
+        (s.merged / name).read_bytes()
+        os.truncate(s.merged / name, len(data))
+        assert (s.merged / name).read_bytes() == data, name
     s.remount()
-    assert (s.merged / "f").read_bytes() == want
-    assert (s.upper / "f").read_bytes() == want
+    for name, data in want.items():
+        assert (s.merged / name).read_bytes() == data, name
+        assert (s.upper / name).read_bytes() == data, name
 
 
 def test_shrunk_and_grown_file_shows_zeros_where_old_bytes_were(stack: Stacks) -> None:

@@ -148,12 +148,22 @@ def test_file_made_in_the_place_of_an_unlinked_one_is_another(stack: Stacks) -> 
 # --- hard links -------------------------------------------------------------------------------
 
 LINKS = ("a", "b", "d/c")
-LINKED: Tree = {"a": "text", "b": HardLink("a"), "d/c": HardLink("a"), "e/": None}
+TRIPLE: tuple[tuple[str, str | HardLink | None], ...] = (
+    ("a", "text"),
+    ("b", HardLink("a")),
+    ("d/c", HardLink("a")),
+    ("e/", None),
+)
+LINKED: Tree = dict(TRIPLE)
 
 
 def write(root: Path, name: str) -> None:
     with (root / name).open("a") as file:
         file.write("+")
+
+
+def to_case(case: str, node: str | HardLink | None) -> str | HardLink | None:
+    return HardLink(f"{case}/a") if isinstance(node, HardLink) else node
 
 
 STEPS: dict[str, tuple[Callable[[Path], object], set[str], str]] = {
@@ -225,24 +235,24 @@ STEPS: dict[str, tuple[Callable[[Path], object], set[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", STEPS)
 @pytest.mark.parametrize("looked_at", [False, True], ids=["unknown", "all-known"])
-def test_hard_links_of_a_lower_file_stay_one_file(
-    stack: Stacks, case: str, looked_at: bool
-) -> None:
-    step, names, text = STEPS[case]
-    s = stack(LINKED)
-    number = (s.merged / "a").stat().st_ino
+def test_hard_links_of_a_lower_file_stay_one_file(stack: Stacks, looked_at: bool) -> None:
+    s = stack({f"{case}/{name}": to_case(case, node) for case in STEPS for name, node in TRIPLE})
+    numbers = {case: (s.merged / case / "a").stat().st_ino for case in STEPS}
     if looked_at:
-        assert {(s.merged / name).stat().st_ino for name in LINKS} == {number}
+        for case in STEPS:
+            assert {(s.merged / case / name).stat().st_ino for name in LINKS} == {numbers[case]}
     else:
         s.remount()
-    step(s.merged)
+    for case, (step, _, _) in STEPS.items():
+        step(s.merged / case)
     for _ in range(2):
-        for name in sorted(names):
-            found = (s.merged / name).stat()
-            assert (name, found.st_ino, found.st_nlink) == (name, number, len(names))
-            assert (s.merged / name).read_text() == text
+        for case, (_, names, text) in STEPS.items():
+            for name in sorted(names):
+                found = (s.merged / case / name).stat()
+                want = (case, name, numbers[case], len(names))
+                assert (case, name, found.st_ino, found.st_nlink) == want
+                assert (s.merged / case / name).read_text() == text
         s.remount()
 
 
@@ -491,12 +501,16 @@ COUNTED: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("case", COUNTED)
-def test_directories_count_the_directories_in_them(stack: Stacks, case: str) -> None:
-    s = stack(DIRECTORIES)
-    if case != "nothing":
-        assert wrong_counts(s.merged) == []
-    COUNTED[case](s.merged)
+def test_directories_count_the_directories_in_them(stack: Stacks) -> None:
+    layers: list[Tree] = [
+        {f"{case}/{os.fsdecode(name)}": node for case in COUNTED for name, node in layer.items()}
+        for layer in DIRECTORIES
+    ]
+    s = stack(layers)
+    for case, step in COUNTED.items():
+        if case != "nothing":
+            assert wrong_counts(s.merged / case) == []
+        step(s.merged / case)
     assert wrong_counts(s.merged) == []
     s.remount()
     assert wrong_counts(s.merged) == []

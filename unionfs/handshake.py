@@ -16,6 +16,10 @@ import struct
 import trio
 
 DONT_MASK = 1 << 6  # FUSE_DONT_MASK: the umask is ours to apply, since a default ACL goes before it
+PARALLEL_DIROPS = (
+    1 << 18
+)  # FUSE_PARALLEL_DIROPS: look-ups in one directory need not wait for each other
+CACHE_SYMLINKS = 1 << 23  # FUSE_CACHE_SYMLINKS: targets never change while their inode lives
 _ANSWER = struct.Struct("=IiQIIIIHHI")  # the header, then fuse_init_out up to max_write
 _FLAGS, _MAX_WRITE = 6, 9
 _ANSWER_MAX_BYTES = 4096
@@ -47,11 +51,11 @@ class Handshake(trio.abc.Instrument):
 
 
 def complete(answer: bytes, max_write_bytes: int | None) -> bytes:
-    """The answer to FUSE_INIT with DONT_MASK set and write requests of at most `max_write_bytes`."""
+    """The answer to FUSE_INIT with the missing flags set and write requests of at most `max_write_bytes`."""
     if len(answer) < _ANSWER.size:
         return answer  # an error
     fields = list(_ANSWER.unpack_from(answer))
-    fields[_FLAGS] |= DONT_MASK
+    fields[_FLAGS] |= DONT_MASK | PARALLEL_DIROPS | CACHE_SYMLINKS
     if max_write_bytes is not None:
         fields[_MAX_WRITE] = min(fields[_MAX_WRITE], max_write_bytes)
     return _ANSWER.pack(*fields) + answer[_ANSWER.size :]

@@ -71,6 +71,9 @@ class Layer(Protocol):
     def root(self) -> Sheet:
         """Its topmost directory."""
 
+    def close(self) -> None:
+        """The layer is no longer used."""
+
 
 class Sheet(Protocol):
     """One directory of one layer."""
@@ -158,7 +161,7 @@ class DirectoryLayer:
         self.root.adopt_fd(root_fd)
 
     def close(self) -> None:
-        """Close the root; the layer is no longer used."""
+        """Close the root, without which nothing in the layer can be opened any more."""
         self.root.close()
 
 
@@ -277,7 +280,9 @@ class DirectorySheet:
 
     def open(self, name: bytes, flags: int) -> int:
         """Open the entry `name`; the caller owns the descriptor."""
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd())
+        # A FIFO that took a file's place must not be waited for.
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(name, flags, dir_fd=self.fd())
 
     def readlink(self, name: bytes) -> bytes:
         """Target of the symbolic link `name`."""

@@ -662,7 +662,9 @@ class Session:
             await pyfuse3.main()
         except* OSError as errors:
             # An aborted connection (umount -f, /sys/fs/fuse/connections) is an end like any other.
-            ended, others = errors.split(lambda error: getattr(error, "errno", 0) == errno.ECONNABORTED)
+            ended, others = errors.split(
+                lambda error: getattr(error, "errno", 0) == errno.ECONNABORTED
+            )
             if others is not None:
                 raise others from None
             log.info("the connection was aborted: %s", ended)

@@ -412,7 +412,7 @@ class UnionTree(UnionView):
         """
         upper = self._writable()
         path, follow = self.xattr_path(node)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+        fd = _open_upper(path, os.O_RDWR, follow=follow)
         try:
             before = os.fstat(fd)
             with upper.times_noted(node.number, fd):
@@ -437,8 +437,8 @@ class UnionTree(UnionView):
         file = node.file
         if file is None or node.data is not None:
             return
-        path, _ = self.xattr_path(node)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        path, follow = self.xattr_path(node)
+        fd = _open_upper(path, os.O_RDONLY, follow=follow)
         os.dup2(fd, file.fd, inheritable=False)
         os.close(fd)
 
@@ -1096,13 +1096,13 @@ class UnionTree(UnionView):
         await self.copy_up(node, data=resize, size_bytes=changes.size_bytes)
         path, follow = self.xattr_path(node)
         if changes.size_bytes is not None:
-            self._truncate(node, path, changes.size_bytes)
+            self._truncate(node, path, changes.size_bytes, follow=follow)
         if changes.uid is not None or changes.gid is not None:
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
             os.chown(path, uid, gid, follow_symlinks=follow)
         if changes.mode is not None and node.kind != stat.S_IFLNK:
-            os.chmod(path, stat.S_IMODE(changes.mode))
+            _chmod(path, stat.S_IMODE(changes.mode), follow=follow)
         if changes.atime_ns is not None or changes.mtime_ns is not None:
             st = self.stat(node)
             atime = st.st_atime_ns if changes.atime_ns is None else changes.atime_ns
@@ -1112,13 +1112,17 @@ class UnionTree(UnionView):
         return self.stat(node)
 
     @staticmethod
-    def _truncate(node: Node, path: bytes, size_bytes: int) -> None:
+    def _truncate(node: Node, path: bytes, size_bytes: int, *, follow: bool) -> None:
         if node.kind != stat.S_IFREG:
             raise UnionError(errno.EINVAL)
         if node.file is not None and node.file.writable:
             os.ftruncate(node.file.fd, size_bytes)
         else:
-            os.truncate(path, size_bytes)
+            fd = _open_upper(path, os.O_WRONLY, follow=follow)
+            try:
+                os.ftruncate(fd, size_bytes)
+            finally:
+                os.close(fd)
 
     async def setxattr(self, node: Node, name: bytes, value: bytes) -> None:
         """Set an attribute; what would read as a marker is kept under an escaped name."""
@@ -1171,15 +1175,13 @@ class UnionTree(UnionView):
         if not node.upper or node.data is not None:
             return OpenFile(self._open_lower_data(node), writable=False)
         path, follow = self.xattr_path(node)
-        flags = os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-        if writes:
-            return OpenFile(os.open(path, flags | os.O_RDWR), writable=True)
-        return OpenFile(os.open(path, flags | os.O_RDONLY), writable=False)
+        flags = os.O_RDWR if writes else os.O_RDONLY
+        return OpenFile(_open_upper(path, flags, follow=follow), writable=writes)
 
     def _widen(self, node: Node, file: OpenFile) -> None:
         """Let the shared descriptor write, too; its number stays."""
-        path, _ = self.xattr_path(node)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        path, follow = self.xattr_path(node)
+        fd = _open_upper(path, os.O_RDWR, follow=follow)
         os.dup2(fd, file.fd, inheritable=False)
         os.close(fd)
         file.writable = True
@@ -1230,6 +1232,23 @@ class UnionTree(UnionView):
 def open_path(name: bytes, dir_fd: int) -> int:
     """A descriptor that keeps an object reachable, whatever it is."""
     return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+
+def _open_upper(path: bytes, flags: int, *, follow: bool) -> int:
+    """Open an upper file for its data; what somebody put in its place is not followed and not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+
+
+def _chmod(path: bytes, mode: int, *, follow: bool) -> None:
+    """chmod(2) that does not follow a symbolic link somebody put in the place of an upper file."""
+    if follow:
+        os.chmod(path, mode)
+        return
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.chmod(b"/proc/self/fd/%d" % fd, mode)
+    finally:
+        os.close(fd)
 
 
 def open_quietly(opener: Callable[[bytes, int], int], name: bytes, flags: int) -> int:

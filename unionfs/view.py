@@ -122,6 +122,8 @@ class UnionView:
             if node.orphan_fd >= 0:
                 os.close(node.orphan_fd)
                 node.orphan_fd = -1
+        for layer in self.lowers:
+            layer.close()
         if self.upper is not None:
             self.upper.close()
 
@@ -288,7 +290,7 @@ class UnionView:
                 found.sheets.append(hit.sheet)
             if verdict.kind is Kind.METACOPY and hit.st is not found.st:
                 found.below = found.below or join(sheet.path(), name_there)
-                if hit.fact.kind is Kind.FILE:
+                if hit.fact.kind is Kind.FILE and stat.S_ISREG(hit.st.st_mode):
                     found.data = sheet, name_there
         if found is not None and verdict.kind is Kind.METACOPY and found.data is None:
             what = f"{os.fsdecode(name)}: metadata without data in any layer"

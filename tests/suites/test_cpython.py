@@ -36,8 +36,10 @@ def test_cpython(module: str, merged: Path, tmp_path: Path) -> None:
     place.mkdir()
     report = tmp_path / "report.xml"
     argv = [sys.executable, "-m", "test", "--tempdir", str(place), "--junit-xml", str(report)]
-    environment = {**os.environ, "TMPDIR": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "TMPDIR": str(place)}
     done = run_to_the_end([*argv, module], cwd=place, timeout_s=MODULE_TIMEOUT_S, env=environment)
+    if not report.exists() and "skipped -- No module named" in done.stdout:
+        pytest.skip(f"{module}: this Python was built without the module")
     assert report.exists(), done.stdout[-3000:]
     passed: list[str] = []
     failed: dict[str, str] = {}
