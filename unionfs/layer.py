@@ -126,10 +126,14 @@ class FdCache:
     def __len__(self) -> int:
         return len(self._open)
 
-    def touch(self, sheet: DirectorySheet) -> None:
-        """Note that the descriptor of `sheet` was used."""
+    def add(self, sheet: DirectorySheet) -> None:
+        """Take in `sheet`, whose descriptor was just opened."""
         self._open[sheet] = None
-        self._open.move_to_end(sheet)
+
+    def touch(self, sheet: DirectorySheet) -> None:
+        """Note that the descriptor of `sheet` was used; one that is kept open on purpose is not in here."""
+        if sheet in self._open:
+            self._open.move_to_end(sheet)
 
     def forget(self, sheet: DirectorySheet) -> None:
         """Take `sheet` out: its owner keeps or closes its descriptor."""
@@ -231,7 +235,7 @@ class DirectorySheet:
             self._fd = os.open(self.name, _DIR_FLAGS, dir_fd=parent_fd)
         except PermissionError:
             self._fd = os.open(self.name, _DIR_PATH_FLAGS, dir_fd=parent_fd)
-        self.layer.cache.touch(self)
+        self.layer.cache.add(self)
         return self._fd
 
     # --- reading -------------------------------------------------------------------------------------------------

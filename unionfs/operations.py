@@ -21,6 +21,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from unionfs import acl, faults, handshake, syscalls
+from unionfs.eager import eager_trio
 from unionfs.inodes import Node
 from unionfs.tree import Caller, Changes
 
@@ -36,6 +37,7 @@ log = logging.getLogger("unionfs")
 
 FOREVER_S = 1e9
 _TRUSTED = b"trusted."
+_UNKNOWN_INO = 0xFFFFFFFF  # fuse.h: FUSE_UNKNOWN_INO
 
 
 @dataclass(slots=True)
@@ -139,6 +141,14 @@ class BareEntry:
         entry.st_mode = node.kind
         return entry
 
+    def unknown(self) -> EntryAttributes:
+        """The entry for something that cannot be looked at; valid until the next call."""
+        entry = self._entry
+        entry.st_ino = _UNKNOWN_INO
+        self._node_id.value = 0
+        entry.st_mode = 0
+        return entry
+
 
 def bare_entry() -> BareEntry | None:
     """A `BareEntry`, or None where pyfuse3 is built otherwise."""
@@ -183,7 +193,7 @@ class PlainEntries:
             return None
         try:
             st = lstat(name)
-        except FileNotFoundError:
+        except OSError:
             return None
         hit = self._tree.adopt_plain(directory, name, place, sheet, st)
         if hit is None:
@@ -238,6 +248,7 @@ class UnionOperations(pyfuse3.Operations):
         self._next_handle = 0
         self._bare = bare_entry()
         self._plain = PlainEntries(tree, owners, replies.timeout_s)
+        self._nobody = Node(0, 0, tree.root, b"", None)  # stands for what cannot be looked at
 
     def init(self) -> None:
         """The kernel has opened the conversation; the answer goes out when this has returned."""
@@ -526,14 +537,22 @@ class UnionOperations(pyfuse3.Operations):
                 else None
             )
             if hit is None:
-                found = tree.entry(node, name)
-                if found is None:
+                hit = self._listed(node, name)
+                if hit is None:
                     continue
-                hit = found[0], self._entry(*found)
             if not reply(token, name, hit[1], place + 1):
                 tree.forget(hit[0].ino, 0)
                 return
             hit[0].lookups += 1
+
+    def _listed(self, parent: DirNode, name: bytes) -> tuple[Node, EntryAttributes] | None:
+        """Node and reply for an entry; what cannot be shown is listed all the same: the error is its own."""
+        try:
+            found = self.tree.entry(parent, name)
+            return None if found is None else (found[0], self._entry(*found))
+        except OSError as error:
+            log.warning("readdir: %s", error)
+            return None if self._bare is None else (self._nobody, self._bare.unknown())
 
     def _dot(self, node: DirNode, name: bytes) -> EntryAttributes:
         there = node.parent or node if name == b".." else node
@@ -654,6 +673,8 @@ class Session:
         Raises:
             RuntimeError: The kernel or fusermount3 refused.
         """
+        is_busy = operations.tree.is_busy
+        setattr(pyfuse3, "trio", eager_trio(is_busy))  # noqa: B010 - its stub does not tell of it
         pyfuse3.init(operations, os.fsdecode(mountpoint), set(options))
 
     async def serve(self) -> None:

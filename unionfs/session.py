@@ -52,6 +52,7 @@ def serve(options: MountOptions, *, on_ready: Callable[[], None]) -> None:
     faults.arm(os.environ.get("MICA_FAULT"))
     os.umask(0)
     syscalls.keep_capabilities_across_setfsuid()
+    syscalls.keep_freed_memory()
     cache = FdCache(_raise_descriptor_limit())
     tree = build_tree(options, cache)
     try:
@@ -166,8 +167,23 @@ def _work_directory(options: MountOptions) -> bytes:
 
 
 def _reading_dialect(options: MountOptions) -> Dialect:
-    user = options.userxattr or os.geteuid() != 0
+    user = options.userxattr or not _reads_trusted()
     return Dialect(markers.USER_PREFIX if user else markers.TRUSTED_PREFIX)
+
+
+def _reads_trusted() -> bool:
+    """Whether trusted.* attributes are for us; root of a user namespace is refused (xattr(7))."""
+    fd = os.memfd_create("mica-probe")
+    try:
+        os.setxattr(fd, markers.TRUSTED_PREFIX + b"mica.probe", b"y")
+    except PermissionError:
+        return False
+    except OSError:  # a kernel whose files in memory have no attributes
+        return os.geteuid() == 0
+    else:
+        return True
+    finally:
+        os.close(fd)
 
 
 def _number(lowers: list[DirectoryLayer], upper: Upper | None) -> None:

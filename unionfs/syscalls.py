@@ -49,6 +49,8 @@ libc.syscall.restype = ctypes.c_long
 MNT_DETACH = 2  # linux/fs.h
 
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD = -1  # malloc.h
 _MOUNT_ATTR = struct.Struct(
     "QQQQ"
 )  # linux/mount.h, struct mount_attr: set, clear, propagation, userns
@@ -139,6 +141,12 @@ def unmount(path: bytes, flags: int = 0) -> None:
     """
     if libc.umount2(path, flags) < 0:
         raise _oserror(path)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed: the buffers of large writes are not mapped and cleared anew (mallopt(3))."""
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def reflink(source_fd: int, target_fd: int) -> bool:

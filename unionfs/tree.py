@@ -97,6 +97,10 @@ class UnionTree(UnionView):
             raise ReadOnlyStackError
         return self.upper
 
+    def is_busy(self) -> bool:
+        """Whether a worker thread copies or syncs just now."""
+        return self._threads > 0
+
     async def _in_thread(self, work: Callable[[], None]) -> None:
         """Run blocking work beside the event loop; a mount that ends waits for it."""
         self._threads += 1

@@ -168,8 +168,8 @@ class UnionView:
         for parent, name in node.names():
             parent.unknow_entry(name, self._place_of(parent, node))
             above.append(parent)
-        if isinstance(node, DirNode) and node.dead and node.upper_sheet is not None:
-            node.upper_sheet.close()
+        if isinstance(node, DirNode) and node.upper_sheet is not None:
+            node.upper_sheet.close()  # it may be pinned, and a new node gets a sheet of its own
         for parent in above:
             if parent.lookups <= 0 and parent is not self.root and not parent.known:
                 self._release_node(parent)
