@@ -69,7 +69,7 @@ def _become(
         os.dup2(stderr_fd, 2)
         if cwd is not None:
             os.chdir(cwd)
-        os.execvpe(argv[0], argv, {**os.environ, **env})
+        os.execvpe(argv[0], list(argv), {**os.environ, **env})
     except OSError as e:
         os.write(2, f"{argv[0]}: {e}".encode())
     finally:

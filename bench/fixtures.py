@@ -79,10 +79,10 @@ class Fixtures:
     def tree_files(self) -> list[str]:
         """The regular files of the tree, relative to it, sorted."""
         found = [
-            os.path.relpath(os.path.join(folder, name), self.debian)
+            os.path.relpath(Path(folder, name), self.debian)
             for folder, _, names in os.walk(self.debian)
             for name in names
-            if stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode)
+            if stat.S_ISREG(Path(folder, name).lstat().st_mode)
         ]
         return sorted(found)
 
@@ -187,7 +187,7 @@ def _empty_files(folder: Path, count: int, *, prefix: str = "f") -> None:
 
 def _fill_file(path: Path, size_mib: int) -> None:
     """Write a file of random bytes, one block over and over: no holes, and quick to make."""
-    block = random.Random(0).randbytes(BLOCK_BYTES)  # noqa: S311 - content, not a secret
+    block = random.Random(0).randbytes(BLOCK_BYTES)
     with path.open("wb") as file:
         for _ in range(size_mib):
             file.write(block)

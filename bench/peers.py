@@ -7,6 +7,7 @@ for every peer and needs the help of none.
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -140,35 +141,43 @@ def rss_mib(pids: Sequence[int]) -> float:
 
 
 def unmount(mountpoint: Path) -> None:
-    """Unmount, and wait until the server has gone.
+    """Unmount, and wait until the server has gone; neither is left, whatever happens.
 
     Raises:
-        BenchError: It stayed busy, or the server did not end within UNMOUNT_S.
+        BenchError: It stayed busy, or the server did not end within UNMOUNT_S and was killed.
     """
     pids = server_pids(mountpoint)
     deadline = time.monotonic() + UNMOUNT_S
+    busy: BenchError | None = None
     while is_mounted(mountpoint):
         try:
             run(["umount", os.fspath(mountpoint)])
-        except BenchError:
+        except BenchError as e:
             if time.monotonic() > deadline:
                 run(["umount", "-l", os.fspath(mountpoint)])
-                raise
+                busy = e
             time.sleep(0.1)
-    for pid in pids:
-        _wait_gone(pid, deadline)
+    lingering = [pid for pid in pids if not _ends(pid, deadline)]
+    if busy is not None:
+        raise busy
+    if lingering:
+        msg = f"the server (process {lingering[0]}) was still there {UNMOUNT_S:.0f} s after unmounting"
+        raise BenchError(msg)
 
 
-def _wait_gone(pid: int, deadline: float) -> None:
+def _ends(pid: int, deadline: float) -> bool:
+    """Wait for the end of a process; one that does not end by itself is killed."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
-        return
+        return True
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            msg = f"the server (process {pid}) is still there after unmounting"
-            raise BenchError(msg)
+        if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return True
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll.poll(UNMOUNT_S * 1000)
+        return False
     finally:
         os.close(pidfd)

@@ -109,7 +109,12 @@ def results_table(rows: Sequence[Row], peers: Sequence[str]) -> str:
 
 def cost_table(rows: Sequence[Row], peers: Sequence[str]) -> str:
     """What each FUSE server was asked and what it took: requests, and processor seconds."""
-    header = ["workload", "caches", *(f"{p} requests" for p in peers), *(f"{p} cpu s" for p in peers)]
+    header = [
+        "workload",
+        "caches",
+        *(f"{p} requests" for p in peers),
+        *(f"{p} cpu s" for p in peers),
+    ]
     lines = []
     for row in rows:
         cells = [row.cells[peer] for peer in peers]

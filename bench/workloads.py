@@ -30,7 +30,7 @@ HEADERS = """
     sys/select.h sys/sem.h sys/shm.h sys/signalfd.h sys/socket.h sys/stat.h sys/statvfs.h
     sys/sysinfo.h sys/time.h sys/timerfd.h sys/types.h sys/uio.h sys/un.h sys/utsname.h sys/wait.h
     sys/xattr.h linux/fuse.h linux/if_link.h linux/netlink.h linux/rtnetlink.h linux/types.h
-""".split()
+"""
 
 
 class Caches(enum.Enum):
@@ -148,7 +148,9 @@ def compile_c(this: Run) -> float:
     folders = [include, *sorted(include.glob("*-linux-gnu"))]
     lower = this.fixtures.debian / "usr" / "include"
     lower_folders = [lower, *sorted(lower.glob("*-linux-gnu"))]
-    names = [name for name in HEADERS if any((top / name).is_file() for top in lower_folders)]
+    names = [
+        name for name in HEADERS.split() if any((top / name).is_file() for top in lower_folders)
+    ]
     if not names:
         msg = "no C headers below /usr/include"
         raise BenchError(msg)
@@ -219,7 +221,7 @@ def read_at_random(this: Run) -> float:
     """Read single pages at random places of a lower file."""
     sizes = this.fixtures.sizes
     pages = sizes.random_file_mib * BLOCK_BYTES // PAGE_BYTES
-    places = random.Random(1).choices(range(pages), k=sizes.random_reads)  # noqa: S311
+    places = random.Random(1).choices(range(pages), k=sizes.random_reads)
     fd = os.open(this.mountpoint / "random", os.O_RDONLY)
     start = time.perf_counter()
     for place in places:

@@ -368,6 +368,7 @@ def test_pinned_directory_stays_open_when_trimmed_and_removed(layers: Layers):
     sheet = layer.root.child(b"d")
     before = os.fstat(sheet.fd()).st_ino
     sheet.pin()
+    sheet.fd()
     layers.cache.capacity = 0
     layers.cache.trim()
     (on_disk(layer) / "d").rmdir()

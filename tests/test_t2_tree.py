@@ -512,6 +512,17 @@ async def test_rmdir_of_what_is_no_empty_directory_is_refused(
         k.rmdir(path)
 
 
+async def test_removed_directory_is_still_there_for_who_is_in_it(union: Unions):
+    k = union(upper={"d/": None})
+    d = k.directory("d")
+    number = k.tree.stat(d).st_ino
+    k.rmdir("d")
+    for _ in range(2):
+        assert k.tree.stat(d).st_ino == number
+        k.cache.capacity = 0
+        k.cache.trim()
+
+
 # --- renaming ----------------------------------------------------------------------------------------------------
 
 
@@ -738,7 +749,8 @@ async def test_file_renamed_while_it_is_copied_up_is_written_under_its_new_name(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(k.write, "a", b"1")
         async with copying_held_up(k, k.get("a")):
-            await k.rename("a", "b")
+            nursery.start_soon(k.rename, "a", "b")
+            await trio.testing.wait_all_tasks_blocked()
     assert (await k.read("b"))[:2] == b"1x"
     assert k.listing() == ["b"]
 
@@ -848,6 +860,17 @@ async def test_descriptors_of_many_directories_stay_few(union: Unions):
     assert len(os.listdir("/proc/self/fd")) <= before + k.cache.capacity
 
 
+async def test_directory_whose_replacement_failed_keeps_no_descriptor(union: Unions):
+    k = union({"d/": None, "e/x": ""}, upper={"e/": None})
+    await k.unlink("e/x")
+    faults.arm("rename.prepared:EIO")
+    with refused(errno.EIO):
+        await k.rename("d", "e")
+    before = len(os.listdir("/proc/self/fd"))
+    k.forget_everything()
+    assert len(os.listdir("/proc/self/fd")) < before
+
+
 # --- anything at all ---------------------------------------------------------------------------------------------
 
 
@@ -913,7 +936,7 @@ async def test_after_any_requests_the_books_are_right_and_the_layers_say_the_sam
     chance = random.Random(seed)
     k = union(VARIED, upper={"d/c": "uc"})
     allowed = {errno.EEXIST, errno.ENOENT, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR}
-    for _ in range(120):
+    for _ in range(200):
         try:
             await take_a_step(k, chance)
         except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from tests.support.stack import Stack, Stacks
 from tests.support.trees import HardLink, Tree, make_tree
 from tests.support.users import errno_of, run_as
 from unionfs.client import MountError
+from unionfs.faults import POINTS
 from unionfs.syscalls import RENAME_EXCHANGE, renameat2
 
 MIB = 1 << 20
@@ -57,6 +59,13 @@ def create(path: Path) -> None:
 
 def exchange(first: Path, second: Path) -> None:
     renameat2(-100, bytes(first), -100, bytes(second), RENAME_EXCHANGE)
+
+
+def error_after_all(step: Callable[[], object]) -> int:
+    """Repeat until it fails, and return the errno of that."""
+    while not (number := errno_of(step)):
+        pass
+    return number
 
 
 Operation = Callable[[Path], object]
@@ -160,22 +169,14 @@ class Volume:
         s.start()
 
     def use_up_inodes(self) -> None:
-        number = 0
-        try:
-            while True:
-                (self.ballast / f"i{number}").symlink_to("x")
-                number += 1
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+        numbers = itertools.count()
+        make = lambda: (self.ballast / f"i{next(numbers)}").symlink_to("x")  # noqa: E731
+        assert error_after_all(make) == errno.ENOSPC
 
     def use_up_blocks(self) -> None:
         fd = os.open(self.ballast / "blocks", os.O_CREAT | os.O_WRONLY)
         for size in (MIB, 4096, 1024):
-            try:
-                while os.write(fd, bytes(size)):
-                    pass
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            assert error_after_all(lambda: os.write(fd, bytes(size))) == errno.ENOSPC  # noqa: B023
         os.close(fd)
         os.sync()
 
@@ -300,12 +301,10 @@ def test_file_on_a_full_upper_holds_what_the_writes_said(
     os.sync()
     data = os.urandom(2 * MIB)
     fd = os.open(s.merged / "own", os.O_WRONLY | os.O_TRUNC)
-    written = 0
-    try:
-        while written < len(data):
-            written += os.write(fd, data[written:])
-    except OSError as error:
-        assert error.errno == errno.ENOSPC
+    parts: list[int] = []
+    write = lambda: parts.append(os.write(fd, data[sum(parts) :]))  # noqa: E731
+    assert error_after_all(write) == errno.ENOSPC
+    written = sum(parts)
     os.close(fd)
     assert 0 < written < len(data)
     assert (s.merged / "own").read_bytes() == data[:written]
@@ -316,7 +315,9 @@ def test_file_on_a_full_upper_holds_what_the_writes_said(
 def test_quota_of_a_user_is_the_callers(volumes: Callable[..., Volume], stack: Stacks) -> None:
     volume = volumes("ext4", "usrjquota=aquota.user,jqfmt=vfsv1")
     subprocess.run(["quotacheck", "-ucm", volume.path], check=True, capture_output=True)
-    turned_on = subprocess.run(["quotaon", volume.path], capture_output=True, text=True)
+    turned_on = subprocess.run(
+        ["quotaon", volume.path], check=False, capture_output=True, text=True
+    )
     if turned_on.returncode != 0:
         pytest.skip(f"needs a kernel with disk quotas: {turned_on.stderr.splitlines()[-1]}")
     limits = ["0", "64", "0", "0"]
@@ -374,14 +375,14 @@ def look_around(top: Path) -> None:
     assert not (top / "absent").exists()
 
 
-@pytest.mark.parametrize("passage", range(1, 25))
+@pytest.mark.parametrize("passage", range(1, 21, 2))
 def test_one_failed_look_at_a_lower_costs_one_call(stack: Stacks, passage: int) -> None:
     tree: Tree = {"file": "text", "sub/leaf": "leaf"}
     s = stack([tree, {"sub/other": ""}], mounted=False)
     try:
         s.start(env={"MICA_FAULT": f"read.lower:EIO:{passage}"})
-    except MountError as error:
-        assert "Traceback" not in str(error)
+    except MountError:
+        s.allow_in_log("")
         return
     failed = 0
     for _ in range(2):
@@ -400,7 +401,7 @@ def test_data_that_cannot_be_read_is_eio(stack: Stacks, scratch: Path) -> None:
         s = stack({"file": "text"}, mounted=False)
         s.lowers.append(slow)
         s.start()
-        assert errno_of(lambda: (s.merged / "large").read_bytes()) == errno.EIO
+        assert errno_of((s.merged / "large").read_bytes) == errno.EIO
         assert (s.merged / "file").read_text() == "text"
         s.unmount()
 
@@ -431,7 +432,7 @@ def test_lower_that_is_gone_altogether_is_an_error_for_its_files_only(
         s.start()
         assert sorted(os.listdir(s.merged)) == ["file", "large"]
     # its server is dead now, as a network disk's may be
-    assert errno_of(lambda: (s.merged / "large").read_bytes()) == errno.ENOTCONN
+    assert errno_of((s.merged / "large").read_bytes) == errno.ENOTCONN
     assert (s.merged / "file").read_text() == "text"
     create(s.merged / "new")
     s.unmount()
@@ -468,7 +469,7 @@ def test_directory_of_the_upper_deleted_underneath(stack: Stacks) -> None:
     s = stack(LOWER, upper={"own dir/sub/file": "text", "own": "upper text"})
     dump_tree(s.merged)
     shutil.rmtree(s.upper / "own dir")
-    assert errno_of(lambda: (s.merged / "own dir/sub/file").read_text()) in GONE
+    assert errno_of((s.merged / "own dir/sub/file").read_text) in GONE
     assert errno_of(lambda: append(s.merged / "own dir/sub/file")) in GONE
     assert errno_of(lambda: create(s.merged / "own dir/sub/new")) in GONE
     append(s.merged / "file")
@@ -554,19 +555,35 @@ STEPS: dict[str, Step] = {
 }
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_failure_before_publication_leaves_no_trace(stack: Stacks, step: Step, number: int) -> None:
-    fault = f"{step.point}:{errno.errorcode[number]}:{step.passage}"
-    s = stack(LOWER, upper=UPPER, env={"MICA_FAULT": fault})
+def test_failure_before_publication_leaves_no_trace(stack: Stacks, step: Step) -> None:
+    s = stack(LOWER, upper=UPPER, env={"MICA_FAULT": f"{step.point}:EDQUOT:{step.passage}"})
     step.prepare(s.merged)
-    assert_fails_whole(s, step.operation, number)
-    if number == errno.EIO:
-        assert_same_after_remount(s)
-        return
-    step.operation(s.merged)
+    assert_fails_whole(s, step.operation, errno.EDQUOT)
+    step.operation(s.merged)  # in the same server
     reference = stack(LOWER, upper=UPPER)
     step.prepare(reference.merged)
     step.operation(reference.merged)
     assert_same(settled(dump_tree(reference.merged)), settled(dump_tree(s.merged)))
     assert_same_after_remount(s)
+
+
+LINKED = [name for name, step in STEPS.items() if step.point == "copyup.indexed"]
+
+
+@pytest.mark.parametrize("name", [*LINKED, "linked metadata, then data", "rename directory"])
+def test_failure_before_publication_leaves_no_trace_for_the_next_mount(
+    stack: Stacks, name: str
+) -> None:
+    step = STEPS[name]
+    s = stack(LOWER, upper=UPPER, env={"MICA_FAULT": f"{step.point}:EIO:{step.passage}"})
+    step.prepare(s.merged)
+    assert_fails_whole(s, step.operation, errno.EIO)
+    assert_same_after_remount(s)
+
+
+def test_every_point_before_a_publication_is_tried() -> None:
+    before = {
+        point for point in POINTS if point.endswith(("staged", "prepared", "data", "in-place"))
+    }
+    assert before | {"copyup.indexed"} == {step.point for step in STEPS.values()}

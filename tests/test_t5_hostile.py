@@ -84,8 +84,10 @@ def open_nofollow(path: bytes, flags: int) -> int:
 def append(path: bytes, mode: int) -> None:
     if stat.S_ISREG(mode):
         fd = open_nofollow(path, os.O_WRONLY | os.O_APPEND)
-        os.write(fd, b"appended")
-        os.close(fd)
+        try:
+            os.write(fd, b"appended")
+        finally:
+            os.close(fd)
 
 
 def change(path: bytes, mode: int) -> None:
@@ -117,11 +119,15 @@ def remove(path: bytes, mode: int) -> None:
 DEEDS: tuple[Callable[[bytes, int], None], ...] = (change, append, enter, link, move, remove)
 
 
+def fail(error: OSError) -> None:
+    raise error
+
+
 def paths_of(top: Path) -> list[bytes]:
     """All paths below `top` whose parents are true directories, deepest first."""
     return [
         os.path.join(directory, name)
-        for directory, directories, files in os.walk(os.fsencode(top), topdown=False)
+        for directory, directories, files in os.walk(os.fsencode(top), False, fail)
         for name in (*directories, *files)
     ]
 
@@ -349,6 +355,18 @@ def test_redirect_of_a_metacopy_stays_inside(stack: Stacks, canary: Canary, valu
     os.truncate(s.lower / "odd", 1000)
     s.allow_in_log("metadata without data")
     assert_harmless(s)
+
+
+def test_entry_that_cannot_be_shown_is_listed_beside_the_others(stack: Stacks) -> None:
+    metacopy = Node("", xattrs={"trusted.overlay.metacopy": b""})
+    s = stack([{"file": metacopy, "other": "text"}, {}], mounted=False)
+    os.truncate(s.lower / "file", 1000)
+    s.allow_in_log("metadata without data")
+    s.start()
+    assert sorted(os.listdir(s.merged)) == ["file", "other"]
+    assert errno_of((s.merged / "file").stat) == errno.EIO
+    assert (s.merged / "other").read_text() == "text"
+    assert sorted(os.listdir(s.merged)) == ["file", "other"]
 
 
 DATA = {

@@ -6,12 +6,15 @@
         subprocess.run([*inside, "id"])     an ordinary user, who sees itself as root and nobody else
 
 Both have a mount namespace of their own. Nothing of the machine is changed: where only root may open
-/dev/fuse, the ordinary user gets a node of its own, which is gone with its namespace.
+/dev/fuse, or reach Python and the project, the ordinary user gets its own view of them, which is gone
+with its namespace.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,21 +26,6 @@ VARIABLE = "MICA_TEST_USERNS"
 
 PROJECT = Path(__file__).resolve().parents[2]
 IDS = 65536
-
-OWN_FUSE_DEVICE = """
-mount -t tmpfs -o mode=755 none "$1"
-mknod -m 666 "$1/fuse" c 10 229
-mount --bind "$1/fuse" /dev/fuse
-umount --lazy "$1"
-uid=$2
-shift 2
-exec setpriv --reuid "$uid" --regid "$uid" --clear-groups unshare --user --map-root-user --mount "$@"
-"""
-
-
-def is_inside() -> bool:
-    """Tell whether this very test run is one inside a user namespace."""
-    return VARIABLE in os.environ
 
 
 @contextmanager
@@ -63,16 +51,51 @@ def ranged() -> Iterator[list[str]]:
 @contextmanager
 def single(uid: int, scratch: Path) -> Iterator[list[str]]:
     """Yield the words that run a command as `uid` in a namespace that knows no other user."""
-    device = scratch / "dev"
-    device.mkdir()
-    yield ["unshare", "--mount", "sh", "-ec", OWN_FUSE_DEVICE, "sh", str(device), str(uid)]
+    place = scratch / "own"
+    place.mkdir()
+    script = "\n".join(["set -e", *_own_view(place), f"cd {shlex.quote(str(PROJECT))}"])
+    user = f"--reuid {uid} --regid {uid} --clear-groups"
+    script += f'\nexec setpriv {user} unshare --user --map-root-user --mount "$@"'
+    yield ["unshare", "--mount", "sh", "-c", script, "sh"]
 
 
-def missing_for(uid: int) -> str | None:
-    """Say why `uid` could not run the tests, if it could not."""
-    needed = f"import pytest, pyfuse3, sys; sys.path.insert(0, {str(PROJECT)!r}); import unionfs"
-    words = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
-    made = subprocess.run([*words, sys.executable, "-B", "-c", needed], capture_output=True)
-    if made.returncode == 0:
-        return None
-    return f"needs a Python and a checkout that ordinary users may read ({made.stderr[-200:]!r})"
+def _own_view(place: Path) -> list[str]:
+    """The commands that make a FUSE device and the hidden folders reachable for everybody."""
+    at = shlex.quote(str(place))
+    first = [f"mount -t tmpfs -o mode=755 none {at}", f"mknod -m 666 {at}/fuse c 10 229"]
+    first.append(f"mount --bind {at}/fuse /dev/fuse")
+    covers, last = set(), []
+    for number, path in enumerate(sorted({PROJECT, Path(sys.prefix), Path(sys.base_prefix)})):
+        top = _hiding(path)
+        if top is not None:
+            there = shlex.quote(str(path))
+            first.append(f"mkdir {at}/{number}; mount --bind {there} {at}/{number}")
+            covers.add(f"mount -t tmpfs -o mode=755 none {shlex.quote(str(top))}")
+            last.append(f"mkdir -p {there}; mount --bind {at}/{number} {there}")
+    return [*first, *sorted(covers), *last]
+
+
+def _hiding(path: Path) -> Path | None:
+    """The topmost folder above `path` that others than its owner cannot pass."""
+    above = reversed(path.parents)
+    return next((top for top in above if not top.stat().st_mode & stat.S_IXOTH), None)
+
+
+def run_tests(inside: list[str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest inside, with `folder` for its scratch folders."""
+    environment = {
+        **os.environ,
+        VARIABLE: "1",
+        "MICA_TEST_DIR": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    return subprocess.run(
+        [*inside, *pytest, *arguments],
+        check=False,
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
