@@ -83,11 +83,11 @@ class UnionTree(UnionView):
         if not own:
             syscalls.setfsgid(caller.gid)
             syscalls.setfsuid(caller.uid)
-        os.umask(caller.umask)
+        umask = os.umask(caller.umask)
         try:
             yield
         finally:
-            os.umask(0)
+            os.umask(umask)
             if not own:
                 syscalls.setfsuid(self._self.uid)
                 syscalls.setfsgid(self._self.gid)
